@@ -36,6 +36,7 @@ from consyn_jax.data.preparation.preparation_spec import (
     find,
     key_of,
 )
+from consyn_jax.data.preparation.segments.engines import learn_hashes
 from consyn_jax.data.preparation.segments.many_writers import one_writer_reason
 from consyn_jax.data.preparation.store_making import build
 from consyn_jax.data.sources.discovery import Corpus
@@ -122,6 +123,8 @@ def prepare(
     spec = build_spec(corpus, held_out, options, tokenizer, test_fraction, progress)
     if engine is not None:
         spec = dataclasses.replace(spec, engine=engine)
+    if spec.engine.shared_directory is not None:
+        learn_hashes(spec)
     key = key_of(spec, contents_of(spec))
     directory = _entry(key, options) if output is None else output
     destination = Destination(directory, key, spec.options, in_cache=output is None)

@@ -21,7 +21,7 @@ from consyn_jax.data.preparation.destination import DAMAGED_TYPES, Destination
 from consyn_jax.data.preparation.journal import JOURNAL, Journal
 from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.segments.job import JOB, STARTS, Job
-from consyn_jax.data.preparation.segments.phases import work
+from consyn_jax.data.preparation.segments.phases import Answer, work, work_on_file
 from consyn_jax.data.preparation.segments.shard_tasks import plan_shards, write_shards_plan
 from consyn_jax.data.preparation.segments.spans import large_sources, plan
 from consyn_jax.data.preparation.workers.messages import WorkerSettings
@@ -51,6 +51,14 @@ class Tasks(AbstractContextManager["Tasks"]):
         """
 
     @abstractmethod
+    def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
+        """Size, time stamp and SHA-256 of each file; `done` is as for `run`.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """End the processes; tasks in progress are lost."""
 
@@ -66,12 +74,22 @@ class TasksHere(Tasks):
     ) -> None:
         """Run the tasks in order."""
         for count, number in enumerate(numbers, 1):
-            if fault := work(str(job.root), job.identity, phase, number):
-                raise UserError(fault)
+            _taken(work(str(job.root), job.identity, phase, number))
             done(count)
+
+    def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
+        """Hash the files in order."""
+        return [_taken(work_on_file(str(path.resolve()))) for path in paths]
 
     def close(self) -> None:
         """Do nothing, as there are no processes."""
+
+
+def _taken(answer: Answer) -> Any:
+    fault, result = answer
+    if fault:
+        raise UserError(fault)
+    return result
 
 
 def one_writer_reason(spec: Spec) -> str:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from consyn_jax.data.preparation.segments.duplicates import (
     write_bands,
@@ -22,6 +23,7 @@ from consyn_jax.data.preparation.segments.kept import write_kept
 from consyn_jax.data.preparation.segments.long_documents import write_long
 from consyn_jax.data.preparation.segments.shard_tasks import write_shard
 from consyn_jax.data.preparation.segments.spans import write_cuts
+from consyn_jax.data.store.file_hashes import hash_of
 from consyn_jax.data.store.manifest import PREPARING
 from consyn_jax.errors import UserError, remedy
 
@@ -40,27 +42,51 @@ PHASES: dict[str, Callable[[Job, int], None]] = {
 }
 
 
-def work(root: str, identity: str, phase: str, number: int) -> str:
-    """Run one task; return "" or the sentence about what prevents it.
+Answer = tuple[str, Any]
+"""The sentence about what prevents a task, or ""; and its result, if that is no file."""
+
+
+def work(root: str, identity: str, phase: str, number: int) -> Answer:
+    """Run one task, whose result is files.
 
     Args:
         root: directory of the job, under the same path on all nodes.
         identity: hash of the file `JOB` in it.
     """
-    try:
+
+    def run() -> None:
         job = _job(root, identity)
         if not job.place(phase, number).exists():
             PHASES[phase](job, number)
+
+    return _answer(run)
+
+
+def work_on_file(path: str) -> Answer:
+    """Size, time stamp and SHA-256 of a file."""
+
+    def run() -> tuple[int, int, str]:
+        try:
+            status = Path(path).stat()
+        except FileNotFoundError as error:
+            raise unseen(f"--data {path}") from error
+        return status.st_size, status.st_mtime_ns, hash_of(Path(path))
+
+    return _answer(run)
+
+
+def _answer(run: Callable[[], Any]) -> Answer:
+    try:
+        return "", run()
     except UserError as error:
-        return str(error)
+        return str(error), None
     except OSError as error:
-        place = error.filename or root
         return (
-            f"{place} cannot be read or written on node {socket.gethostname()}: "
-            f"{error.strerror or error}. {remedy(error)}, and run the same command again; it "
-            "continues."
+            f"{error.filename or 'A file'} cannot be read or written on node "
+            f"{socket.gethostname()}: {error.strerror or error}. {remedy(error)}, and run the same "
+            "command again; it continues.",
+            None,
         )
-    return ""
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
 from typing import Any
 
 from consyn_jax.data.preparation.segments.job import Job
@@ -51,51 +52,63 @@ class RayTasks(Tasks):
     def run(
         self, job: Job, phase: str, numbers: Sequence[int], done: Callable[[int], None]
     ) -> None:
-        """Run tasks of one phase, in about the order of their numbers.
+        """Run tasks of one phase, in about the order of their numbers."""
+        calls = [("work", str(job.root), job.identity, phase, number) for number in numbers]
+        self._results(calls, done)
 
-        After a fault, only tasks with lower numbers are waited for, so that the message is about
-        the first fault of the corpus.
+    def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
+        """Hash the files on all nodes."""
+        return self._results([("work_on_file", str(path.resolve())) for path in paths], done)
+
+    def _results(self, calls: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
+        """Call functions of `phases` with arguments; return their results.
+
+        After a fault, only earlier calls are waited for, so that the message is about the first
+        fault of the corpus.
         """
         running: dict[Future[Any], int] = {}
-        faults: dict[int, Exception] = {}
-        waiting, count = list(reversed(numbers)), 0
+        results: dict[int, Any] = {}
+        faults: dict[int, UserError] = {}
+        waiting = list(reversed(range(len(calls))))
         while waiting or running:
             # A few tasks wait in the queues of nodes, so that no processor does.
             most = self._processors.count() * 5 // 4 + 1
             while waiting and len(running) < most:
                 number = waiting.pop()
-                running[self._start(job, phase, number)] = number
+                running[self._start(calls[number])] = number
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, count = running.pop(future), count + 1
+                number = running.pop(future)
                 try:
-                    self._finish(future)
+                    results[number] = self._result(future)
                 except UserError as error:
                     faults[number] = error
                     waiting.clear()
             if faults and not any(number < min(faults) for number in running.values()):
                 raise faults[min(faults)]
-            done(count)
+            done(len(results))
+        return [results[number] for number in range(len(calls))]
 
     def close(self) -> None:
         """Leave the cluster, which ends all tasks; stop Ray if this process started it."""
         disconnect(self._ray)
 
-    def _start(self, job: Job, phase: str, number: int) -> Future[Any]:
+    def _start(self, call: tuple[Any, ...]) -> Future[Any]:
         with errors_as_sentences(self._ray, RETRIES, "task"):
-            started = self._task.remote(versions(), str(job.root), job.identity, phase, number)
-            future: Future[Any] = started.future()
+            future: Future[Any] = self._task.remote(versions(), *call).future()
         return future
 
-    def _finish(self, future: Future[Any]) -> None:
+    def _result(self, future: Future[Any]) -> Any:
         with errors_as_sentences(self._ray, RETRIES, "task"):
-            fault, node, differences = future.result()
+            node, differences, answer = future.result()
         if differences:
             raise other_versions(node, differences)
+        fault, result = answer
         if fault:
             raise UserError(fault)
+        return result
 
 
-def _task(left_out: list[str]) -> Callable[..., tuple[str, str, dict[str, str]]]:
+def _task(left_out: list[str]) -> Callable[..., tuple[str, dict[str, str], Any]]:
     """Make the function that Ray runs for each task.
 
     Ray sends the code of a local function to the nodes. So a node that lacks this package can
@@ -105,9 +118,7 @@ def _task(left_out: list[str]) -> Callable[..., tuple[str, str, dict[str, str]]]
         left_out: directories from which workers must not import.
     """
 
-    def work(
-        expected: dict[str, str], root: str, identity: str, phase: str, number: int
-    ) -> tuple[str, str, dict[str, str]]:
+    def work(expected: dict[str, str], name: str, *arguments: Any) -> Any:
         import socket
         import sys
 
@@ -115,9 +126,8 @@ def _task(left_out: list[str]) -> Callable[..., tuple[str, str, dict[str, str]]]
         from consyn_jax.data.preparation.segments import phases
         from consyn_jax.data.preparation.workers import ray_worker
 
-        node = socket.gethostname()
-        if differences := ray_worker.differences(expected):
-            return "", node, differences
-        return phases.work(root, identity, phase, number), node, {}
+        differences = ray_worker.differences(expected)
+        answer = ("", None) if differences else getattr(phases, name)(*arguments)
+        return socket.gethostname(), differences, answer
 
     return work

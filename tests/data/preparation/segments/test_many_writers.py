@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from consyn_jax.data.preparation.segments.job import Job
 from consyn_jax.data.preparation.segments.many_writers import TasksHere
 from consyn_jax.data.preparation.workers import worker
 from consyn_jax.data.sources import chunking, json_reader, text_reader
-from consyn_jax.data.store import TokenStoreWriter
+from consyn_jax.data.store import TokenStoreWriter, file_hashes
+from consyn_jax.data.store.file_hashes import hash_of
 from consyn_jax.errors import UserError
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 from consyn_jax.tokenization import BPETokenizer
@@ -291,5 +293,20 @@ def test_a_full_disk_is_named(
 
 
 def test_a_node_that_does_not_see_the_files_says_so(tmp_path: Path) -> None:
-    unseen = phases.work(str(tmp_path / "shared" / "job"), "0", "segments", 0)
+    unseen, _ = phases.work(str(tmp_path / "shared" / "job"), "0", "segments", 0)
     assert unseen.startswith(f"--shared_directory {tmp_path / 'shared'} is not visible on node ")
+    unseen, _ = phases.work_on_file(str(tmp_path / "a.txt"))
+    assert unseen.startswith(f"--data {tmp_path / 'a.txt'} is not visible on node ")
+
+
+def test_tasks_hash_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text in lines\n" * 60_000)
+    os.utime(path, (1, 1))
+    read = list[Path]()
+    monkeypatch.setattr(engines, "HASHED_HERE", 0)
+    monkeypatch.setattr(file_hashes, "SETTLED_NS", -1)
+    monkeypatch.setattr(file_hashes, "hash_of", lambda path: read.append(path) or hash_of(path))
+    by_many(path, tmp_path / "many")  # the tasks hash
+    assert by_one(path, tmp_path / "one") == files(tmp_path / "many")
+    assert read == []
