@@ -1,4 +1,4 @@
-"""What runs the tasks of many writers, and the hashes that it computes before there is a job."""
+"""Start what runs the tasks of many writers, and have it hash the sources first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all tasks of a preparation by many writers share, and the files that they exchange.
+"""A job: the settings that all tasks of many writers share, and the files that they exchange.
 
 A task is a phase and a number. Its result is a directory ROOT/PHASE/NUMBER with `result.json` and
 arrays, which is renamed into place when it is complete. So a finished task is its own entry in the
@@ -139,7 +139,7 @@ class Job:
 
     @cached_property
     def starts(self) -> list[Start]:
-        """Where segments begin."""
+        """The beginnings of all segments."""
         saved = json.loads((self.root / STARTS).read_bytes())
         return [(source, (position[0], position[1])) for source, position in saved]
 

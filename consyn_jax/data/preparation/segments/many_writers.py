@@ -38,7 +38,7 @@ MOST_PARTITIONS, LEAST_PARTITIONS, PARTITION_BYTES = 1024, 8, 1 << 30
 
 
 class Tasks(AbstractContextManager["Tasks"]):
-    """What runs the tasks of a phase, in any order and in any number of processes."""
+    """Runs the tasks of a phase, in any order and in any number of processes."""
 
     @abstractmethod
     def run(
@@ -93,7 +93,7 @@ def _taken(answer: Answer) -> Any:
 
 
 def one_writer_reason(spec: Spec) -> str:
-    """Why this data goes through one writer all the same; "" if it does not.
+    """The reason why this data goes through one writer all the same; "" if there is none.
 
     Hub datasets are downloaded into the cache of one node, and Python's own texts may differ
     between nodes.

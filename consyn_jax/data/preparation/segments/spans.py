@@ -1,4 +1,4 @@
-"""Where segments begin, and the blocks of a segment.
+"""Cut a corpus into segments, and read the blocks of a segment.
 
 A segment is a range of the corpus of about `segment_bytes`: several small sources, or a part of a
 large one. To find the parts, a large source is read once, without tokenising; this also counts the
@@ -54,7 +54,7 @@ def write_cuts(job: Job, number: int) -> None:
 
 
 def plan(job: Job, cuts: dict[int, list[Position]]) -> list[Start]:
-    """Where all segments begin.
+    """Choose the beginnings of all segments.
 
     Args:
         cuts: the positions that `write_cuts` found, by number of the source.
