@@ -17,12 +17,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt32, UInt64
+from jaxtyping import Int64, UInt32, UInt64
 
 from consyn_jax.data.preparation.exact_duplicates import first_of_equal
 from consyn_jax.data.preparation.near_duplicates import NearDuplicates
 from consyn_jax.data.preparation.segments.encode import PART
-from consyn_jax.data.preparation.segments.job import Job, rows_of, segment_of
+from consyn_jax.data.preparation.segments.job import Job, among, rows_of, segment_of
 from consyn_jax.data.preparation.segments.partitions import of_partition
 
 CHUNK = 4096  # documents that are compared at once
@@ -40,7 +40,7 @@ def write_bands(job: Job, partition: int) -> None:
     """Phase "bands": pairs of documents that join all documents with the same key."""
     ids, keys = of_partition(job, ("key_ids", "keys"), "key_bounds", partition)
     if job.drops_duplicates:
-        compared = ~_among(ids, job.array("dropped-exact", 0, "dropped"))
+        compared = ~among(ids, job.array("dropped-exact", 0, "dropped"))
         ids, keys = ids[compared], keys[compared]
     order = np.lexsort((ids, keys))
     ids, keys = ids[order], keys[order]
@@ -118,10 +118,3 @@ def write_dropped(job: Job, phase: str) -> None:
     parts = [job.array(phase, number, "dropped") for number in range(job.partitions)]
     with job.writing(f"dropped-{phase}", 0) as draft:
         draft.save(dropped=np.sort(np.concatenate(parts)))
-
-
-def _among(ids: UInt64[np.ndarray, " n"], found: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """Whether each of `ids` is in the sorted array `found`."""
-    if not len(found):
-        return np.zeros(len(ids), bool)
-    return found[np.minimum(np.searchsorted(found, ids), len(found) - 1)] == ids

@@ -29,7 +29,7 @@ from consyn_jax.data.sources.reader import Position
 from consyn_jax.data.sources.source import Source
 from consyn_jax.data.store.manifest import token_dtype
 from consyn_jax.errors import UserError
-from consyn_jax.files import aside, flush, make_directory, write_whole
+from consyn_jax.files import aside, flush, write_whole
 from consyn_jax.tokenization import BPETokenizer
 
 JOB, STARTS = "job.json", "starts.json"
@@ -177,7 +177,9 @@ class Job:
     def writing(self, phase: str, number: int) -> Iterator[Draft]:
         """A directory for the files of a task, which gets its name at the end."""
         place = self.place(phase, number)
-        make_directory(place.parent)
+        if not place.parent.is_dir():
+            place.parent.mkdir(exist_ok=True)  # without parents: the job may be over
+            flush(self.root)
         draft = Draft(aside(place))
         draft.path.mkdir()
         try:
@@ -247,6 +249,18 @@ def document_ids(segment: int, rows: np.ndarray) -> np.ndarray:
     return (np.uint64(segment) << np.uint64(32)) | np.asarray(rows).astype(np.uint64)
 
 
+def edges(segment: int) -> np.ndarray:
+    """The numbers of the first documents of a segment and of the one after it."""
+    return np.array([segment, segment + 1], np.uint64) << np.uint64(32)
+
+
+def among(ids: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Whether each of `ids` is in the sorted array `found`."""
+    if not len(found):
+        return np.zeros(len(ids), bool)
+    return found[np.minimum(np.searchsorted(found, ids), len(found) - 1)] == ids
+
+
 def segment_of(ids: np.ndarray) -> np.ndarray:
     """The segments of documents."""
     return (ids >> np.uint64(32)).astype(np.int64)
@@ -259,8 +273,7 @@ def rows_of(ids: np.ndarray) -> np.ndarray:
 
 def of_segment(ids: np.ndarray, segment: int) -> np.ndarray:
     """The rows of those of the sorted `ids` that are in a segment."""
-    edges = np.array([segment, segment + 1], np.uint64) << np.uint64(32)
-    low, high = np.searchsorted(ids, edges)
+    low, high = np.searchsorted(ids, edges(segment))
     return rows_of(np.asarray(ids[low:high]))
 
 

@@ -11,7 +11,9 @@ from consyn_jax.data.preparation.corpus_report import EXAMPLE_CHARS, EXAMPLES, R
 from consyn_jax.data.preparation.segments.encode import PART, SegmentTokens
 from consyn_jax.data.preparation.segments.job import (
     Job,
+    among,
     document_ids,
+    edges,
     of_segment,
     rows_of,
     segment_of,
@@ -56,23 +58,22 @@ class _Decisions:
     def _decide_long(self) -> Int64[np.ndarray, " long"]:
         """Decide the long documents; return the numbers of those that end in this segment."""
         begin, end, splits, rules = (
-            np.asarray(self._job.array("long", 0, name))
-            for name in ("begin", "end", "splits", "rules")
+            self._job.array("long", 0, name) for name in ("begin", "end", "splits", "rules")
         )
-        first, last = segment_of(begin), segment_of(end)
-        for long in np.flatnonzero((first <= self._segment) & (last >= self._segment)).tolist():
-            start = int(rows_of(begin)[long]) if first[long] == self._segment else 0
-            stop = int(rows_of(end)[long]) + 1 if last[long] == self._segment else len(self.splits)
-            is_dropped = rules[long] != NO_RULE or self._is_duplicate(end[long : long + 1])
+        here, after = edges(self._segment)
+        for long in range(np.searchsorted(end, here), np.searchsorted(begin, after)):
+            start = int(rows_of(begin[long])) if begin[long] >= here else 0
+            ends = end[long] < after
+            stop = int(rows_of(end[long])) + 1 if ends else len(self.splits)
+            is_dropped = rules[long] != NO_RULE or self._is_duplicate(end[long])
             self.splits[start:stop] = DROPPED if is_dropped else splits[long]
-            if last[long] == self._segment and rules[long] != NO_RULE:
+            if ends and rules[long] != NO_RULE:
                 self._rule[stop - 1] = RULES[rules[long]]
-        return np.flatnonzero(last == self._segment)
+        return np.arange(*np.searchsorted(end, (here, after)))
 
-    def _is_duplicate(self, ids: np.ndarray) -> bool:
-        segment = int(segment_of(ids)[0])
+    def _is_duplicate(self, document: np.uint64) -> bool:
         return any(
-            rows_of(ids)[0] in of_segment(self._job.array(phase, 0, "dropped"), segment)
+            among(np.array([document]), self._job.array(phase, 0, "dropped"))[0]
             for phase in _BY_PHASE
             if self._job.place(phase, 0).exists()
         )

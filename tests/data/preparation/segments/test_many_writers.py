@@ -15,11 +15,11 @@ import pytest
 
 from consyn_jax.data.preparation import build
 from consyn_jax.data.preparation.cached_store import prepare
-from consyn_jax.data.preparation.segments import engines, many_writers, phases
+from consyn_jax.data.preparation.segments import engines, many_writers, phases, spans
 from consyn_jax.data.preparation.segments.job import Job
 from consyn_jax.data.preparation.segments.many_writers import TasksHere
 from consyn_jax.data.preparation.workers import worker
-from consyn_jax.data.sources import chunking, json_reader, text_reader
+from consyn_jax.data.sources import chunking, json_reader, reader, text_reader
 from consyn_jax.data.store import TokenStoreWriter, file_hashes
 from consyn_jax.data.store.file_hashes import hash_of
 from consyn_jax.errors import UserError
@@ -49,8 +49,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking, "PART_BYTES", 8000)
     for module in (chunking, text_reader, worker):
         monkeypatch.setattr(module, "LIMIT", 9000)
-    monkeypatch.setattr(text_reader, "BLOCK_BYTES", 6000)
-    monkeypatch.setattr(json_reader, "BLOCK_BYTES", 6000)
+    for module in (reader, text_reader, json_reader):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 6000)
     monkeypatch.setattr(
         build,
         "TokenStoreWriter",
@@ -106,7 +106,7 @@ def corpus(tmp_path: Path) -> Path:
     """Files of every dataset type, with exact and near duplicates and texts of several segments."""
     place = tmp_path / "corpus"
     place.mkdir()
-    (place / "a.txt").write_bytes(b"broken \xff bytes\n\n\n\n\n" + texts(1, 90)[0].encode())
+    (place / "a.md").write_bytes(b"broken \xff bytes\n\n\n\n\n" + texts(1, 90)[0].encode())
     (place / "b.txt.gz").write_bytes(
         gzip.compress("\n\n\n".join(texts(150, 40, 2)).encode(), mtime=0)
     )
@@ -117,7 +117,7 @@ def corpus(tmp_path: Path) -> Path:
         lines[at] = '{"text": 5}'
     (place / "c.jsonl").write_text("\n".join(lines))
     (place / "d.json").write_text(
-        json.dumps([{"text": row} for row in texts(150, 40, 4)], indent=1)
+        json.dumps([{"text": row} for row in texts(250, 40, 4)], indent=1)
     )
     chats = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer or "no"}]
@@ -129,7 +129,7 @@ def corpus(tmp_path: Path) -> Path:
     pairs = [{"prompt": row[:9], "completion": row[9:] or "."} for row in texts(150, 30, 7)]
     (place / "f.ndjson").write_text("".join(json.dumps(pair) + "\n" for pair in pairs + pairs[:50]))
     table = pyarrow.table({"text": texts(300, 40, 8), "other": list(range(300))})
-    pyarrow.parquet.write_table(table, place / "g.parquet", row_group_size=50)
+    pyarrow.parquet.write_table(table, place / "g.parquet", 50, compression="none")
     with (place / "h.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "n"), *((row, 1) for row in texts(300, 40, 9) if row)])
     long = "\n".join(texts(300, 60, 10))
@@ -139,8 +139,17 @@ def corpus(tmp_path: Path) -> Path:
     return place
 
 
-def test_every_dataset_type(corpus: Path, tmp_path: Path) -> None:
+def test_every_dataset_type(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that can be read from their middle are cut, compressed ones are not."""
+    cut, made = set[str](), spans.plan
+
+    def plan(job: Job, cuts: dict[int, Any]) -> Any:
+        cut.update(Path(job.sources[number].name).name for number in cuts if cuts[number])
+        return made(job, cuts)
+
+    monkeypatch.setattr(many_writers, "plan", plan)
     report = assert_same(corpus, tmp_path)
+    assert cut == {path.name for path in corpus.iterdir() if path.suffix not in (".gz", ".md")}
     assert set(report["dropped"]) == {"bad row", "empty", "duplicate", "near duplicate"}
     assert set(report["splits"]) == {"train", "validation", "test"}
     assert len(report["unread"]) == 100
