@@ -1,14 +1,15 @@
 """How does a corpus that many writers prepare scale with the cores?
 
 The tasks of `consyn-prepare --engine ray --shared_directory` run on the two cores of this machine,
-as processes and without Ray, on enwik8, its pages as documents, with exact and near duplicates; the
-seconds and the bytes of each are recorded. A schedule over more cores is then simulated: the
-measured tasks, each phase after the one before it, on 2 N cores, and with what the driver itself
-needs, which does not shrink. Larger corpora are copies of enwik8: tasks of which there are many
-are there as often as copies, and those of which there is one take that many times as long. What
-shared storage and Ray would add is not in it.
+as processes and without Ray, on enwik8, its pages as documents, with exact and near duplicates. The
+seconds and the bytes of each are recorded, in turns with local preparations. A schedule over more
+cores is then simulated: the measured tasks, as often as the corpus is larger, each phase after the
+one before it, on 2 N cores. What one process does, the driver and the phases of a single task, does
+not shrink; its seconds are a part that each corpus has, one for each segment, measured on many
+small segments, and one for each document in a bucket with others. What shared storage and Ray
+would add is not in it.
 
-All seconds are of processor time, so that other work on the machine hardly changes them. The local
+All seconds are of processor time, so that other work on the machine changes them less. The local
 rate is that of `consyn-prepare` with two workers on two cores that never wait: half of the
 processor time of all its processes, without its start. This favours the local way. 1.8 per added
 pair of cores means that N pairs have at least 0.9 N times the local rate.
@@ -19,6 +20,7 @@ pair of cores means that N pairs have at least 0.9 N times the local rate.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import gzip
 import heapq
 import multiprocessing
@@ -31,27 +33,34 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import numpy as np
 import ray_preparation
 
 from consyn_jax.data.preparation import store_making
 from consyn_jax.data.preparation.cached_store import prepare
-from consyn_jax.data.preparation.segments import many_writers
+from consyn_jax.data.preparation.segments import duplicates, many_writers, phases
 from consyn_jax.data.preparation.segments.job import Job
-from consyn_jax.data.preparation.segments.phases import work
 from consyn_jax.data.store.file_hashes import hash_of
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 
 CORES = 2
-PAIRS = (1, 2, 4, 8, 16, 32, 64, 128)
-COPIES = (1, 100, 1000)
+SMALL_SEGMENT = 1 << 20
+PAIRS = (1, 2, 4, 8, 16, 32, 64, 128, 2048)
+SIZES_MB = (100, 10_000, 1_000_000, 10_000_000)
+SINGLE = ("long", "dropped-exact", "groups", "dropped-near")
+SHARE_IN_BUCKETS = 0.1  # of the documents, each in three pairs: an assumption
+DOCUMENT_BYTES = 8000
+MOST_SIMULATED = 200_000  # tasks; of more, the time is that of so many times their number
 
 
-def timed(*arguments: Any) -> float:
-    """Seconds of a task."""
+def timed(root: str, identity: str, *task: Any) -> tuple[float, float]:
+    """Seconds of a task, and those before it in which its process reads the settings."""
     began = time.process_time()
-    fault, _ = work(*arguments)
+    phases._job(root, identity)
+    ready = time.process_time()
+    fault, _ = phases.work(root, identity, *task)
     assert not fault, fault
-    return time.process_time() - began
+    return time.process_time() - ready, ready - began
 
 
 class TimedTasks(many_writers.Tasks):
@@ -62,6 +71,7 @@ class TimedTasks(many_writers.Tasks):
         self._pool = concurrent.futures.ProcessPoolExecutor(CORES, context)
         self.seconds: dict[str, list[float]] = {}
         self.bytes: dict[str, int] = {}
+        self.ready_s = 0.0
         for future in [self._pool.submit(time.sleep, 0.5) for _ in range(CORES)]:
             future.result()
 
@@ -71,7 +81,9 @@ class TimedTasks(many_writers.Tasks):
         """Run all tasks."""
         calls = [(str(job.root), job.identity, phase, number) for number in numbers]
         futures = [self._pool.submit(timed, *call) for call in calls]
-        self.seconds[phase] = [future.result() for future in futures]
+        results = [future.result() for future in futures]
+        self.seconds[phase] = [seconds for seconds, _ in results]
+        self.ready_s = max([self.ready_s, *(ready for _, ready in results)])
         self.bytes[phase] = sum(
             path.stat().st_size for path in (job.root / phase).rglob("*") if path.is_file()
         )
@@ -84,117 +96,153 @@ class TimedTasks(many_writers.Tasks):
         """Keep the processes for the next corpus."""
 
 
-def prepared(text: Path, tasks: TimedTasks) -> float:
+def prepared(
+    text: Path, output: Path, tasks: TimedTasks, segment: int = many_writers.LEAST_SEGMENT_BYTES
+) -> float:
     """Make a store from these tasks; return the seconds of the driver alone."""
+    many_writers.LEAST_SEGMENT_BYTES = segment
     store_making.start_tasks = lambda spec: tasks
     rules = CorpusOptions(
         data=(str(text),), document_separator=ray_preparation.SEPARATOR, near_duplicates=0.8
     )
-    engine = EngineOptions(shared_directory=str(text.parent / "shared"))
+    engine = EngineOptions(shared_directory=str(output.parent / "shared"))
     began = time.process_time()
-    prepare(rules, output=text.parent / f"many-{text.stem}", engine=engine)
+    prepare(rules, output=output, engine=engine)
     return time.process_time() - began
 
 
-def makespan(seconds: Sequence[float], cores: int) -> float:
-    """The time of tasks that free cores take up in order."""
+def makespan(seconds: Sequence[float], times: float, cores: int) -> float:
+    """The time of tasks, each of them `times` times, that free cores take up in order."""
+    here = max(1, min(round(times), MOST_SIMULATED // max(len(seconds), 1)))
     free = [0.0] * cores
-    for task in seconds:
+    for task in [*seconds] * here:
         heapq.heappush(free, heapq.heappop(free) + task)
-    return max(free)
+    return max(free) * max(times / here, 1.0)
 
 
-def simulated(
-    phases: dict[str, list[float]], driver: Callable[[int], float], pairs: int, copies: int
-) -> dict[str, float]:
-    """Seconds of the driver and of each phase, of so many copies on so many pairs of cores."""
-    found = {"driver": driver(copies)}
-    for phase, seconds in phases.items():
-        alone = len(seconds) == 1 and phase not in ("hash", "cuts")
-        found[phase] = seconds[0] * copies if alone else makespan(seconds * copies, 2 * pairs)
-    return found
+@dataclasses.dataclass
+class Measured:
+    """What was measured; seconds are of processor time.
 
+    Attributes:
+        megabytes: size of the corpus of `tasks`.
+        tasks: seconds of each task of the phases with many.
+        ready_s: of a process, before its first task.
+        fixed_s: of one process, for any corpus.
+        segment_s, pair_s: of one process, for each segment and for each pair of documents.
+    """
 
-def rows_of(
-    phases: dict[str, list[float]], driver: Callable[[int], float], size: float, local: float
-) -> list[dict[str, Any]]:
-    """The rate for each corpus and number of cores, against the local rate."""
-    rows = []
-    for copies in COPIES:
-        for pairs in PAIRS:
-            seconds = simulated(phases, driver, pairs, copies)
-            total = sum(seconds.values())
-            rate = copies * size / total
-            serial = sum(s for phase, s in seconds.items() if phase in ("driver", *SINGLE))
-            rows.append(
-                {
-                    "GB": copies * size / 1e3,
-                    "core pairs": pairs,
-                    "seconds": total,
-                    "MB_per_s": rate,
-                    "of local": rate / local,
-                    "per pair": 2 * rate / local / pairs,
-                    "serial share": serial / total,
-                }
-            )
-    return rows
+    megabytes: float
+    tasks: dict[str, list[float]]
+    ready_s: float
+    fixed_s: float
+    segment_s: float
+    pair_s: float
 
-
-SINGLE = ("long", "dropped-exact", "groups", "dropped-near")
+    def row(self, size: float, pairs: int, local: float) -> dict[str, Any]:
+        """The rate for a corpus of `size` megabytes on so many pairs of cores."""
+        least, most = many_writers.LEAST_SEGMENT_BYTES, many_writers.MOST_SEGMENT_BYTES
+        segment_bytes = min(max(size * 1e6 / many_writers.SEGMENTS, least), most)
+        joined = 3 * SHARE_IN_BUCKETS * size * 1e6 / DOCUMENT_BYTES
+        segments = size * 1e6 / segment_bytes
+        alone = self.fixed_s + self.segment_s * segments + self.pair_s * joined
+        # A larger segment is one task with the seconds of several.
+        larger = segment_bytes / least
+        together = self.ready_s
+        for phase, seconds in self.tasks.items():
+            scale = larger if phase in ("segments", "kept") else 1.0
+            times = size / self.megabytes / scale
+            together += makespan([each * scale for each in seconds], times, 2 * pairs)
+        total = alone + together
+        return {
+            "GB": size / 1e3,
+            "core pairs": pairs,
+            "seconds": total,
+            "MB_per_s": size / total,
+            "of local": size / total / local,
+            "per pair": 2 * size / total / local / pairs,
+            "one process": alone / total,
+        }
 
 
 def measure(
-    tiny: bool = False, data: Path = ray_preparation.ENWIK8, limit: int | None = None
+    tiny: bool = False,
+    data: Path = ray_preparation.ENWIK8,
+    limit: int | None = None,
+    rounds: int = 3,
 ) -> dict[str, Any]:
     """Measure the tasks, and simulate."""
-    limit = ray_preparation.TINY_BYTES if tiny else limit
+    limit, rounds = (ray_preparation.TINY_BYTES, 1) if tiny else (limit, rounds)
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         os.environ["CONSYN_CACHE"] = str(place / "cache")
-        text, quarter, small = (place / f"{name}.txt" for name in ("text", "quarter", "small"))
+        text, small = place / "text.txt", place / "small.txt"
         with gzip.open(data) as file:
             content = file.read() if limit is None else file.read(limit)
         text.write_bytes(content.decode("utf-8", "ignore").encode())
-        quarter.write_bytes(content[: len(content) // 4].decode("utf-8", "ignore").encode())
         small.write_bytes(content[:1000])
-        size = text.stat().st_size / 1e6
         tasks = TimedTasks()
-        prepared(small, tasks)  # imports
-        of_quarter = prepared(quarter, tasks)
-        of_whole = prepared(text, tasks)
-        # The driver's seconds: a part that each corpus has, and one that grows with it.
-        grows = max(of_whole - of_quarter, 0.0) / 0.75
-        fixed = max(of_whole - grows, 0.0)
-        began = time.process_time()
-        hash_of(text)
-        hashing = time.process_time() - began
-        grows = max(grows - hashing, 0.0)  # of larger corpora, tasks hash
-        phases = {"hash": [hashing], **tasks.seconds}
-        start, one = (_by_one(data, place / data.stem / "one") for data in (small, text))
-        same = ray_preparation.hashes(place / "text" / "one") == ray_preparation.hashes(
-            place / "many-text"
+        prepared(small, place / "imports", tasks)
+        fixed = min(prepared(small, place / f"small-{n}", tasks) + _alone(tasks) for n in "abc")
+        cut = min(
+            prepared(text, place / f"cut-{n}", tasks, SMALL_SEGMENT) + _alone(tasks) for n in "ab"
         )
-    local = CORES * size / (one - start)
+        segment_s = max(cut - fixed, 0.0) / len(tasks.seconds["segments"])
+        found: dict[str, list[float]] = {"hash": [], "cuts": []}
+        starts, ones, same = [], [], []
+        for number in range(rounds):
+            prepared(text, place / f"many-{number}", tasks)
+            began = time.process_time()
+            hash_of(text)
+            found["hash"].append(time.process_time() - began)
+            for phase, seconds in tasks.seconds.items():
+                if phase not in SINGLE:
+                    found.setdefault(phase, []).extend(seconds)
+            starts.append(_by_one(small, place / f"start-{number}"))
+            ones.append(_by_one(text, place / f"one-{number}"))
+            stores = [place / f"one-{number}", place / f"many-{number}", place / "cut-a"]
+            first, *others = map(ray_preparation.hashes, stores)
+            same.append(all(other == first for other in others))
+        size = rounds * text.stat().st_size / 1e6
+    local = CORES * size / (sum(ones) - sum(starts))
+    measured = Measured(size, found, tasks.ready_s, fixed, segment_s, _seconds_of_a_pair())
     return {
-        "rows": rows_of(phases, lambda copies: fixed + grows * copies, size, local),
-        "store_equals_local": same,
-        "local": {"cpu_s": one, "start_cpu_s": start, "MB_per_s": local},
-        "driver": {"fixed_s": fixed, "per_copy_s": grows},
+        "rows": [measured.row(mb, pairs, local) for mb in SIZES_MB for pairs in PAIRS],
+        "stores_equal_local": same,
+        "local": {"cpu_s": ones, "start_cpu_s": starts, "MB_per_s": local},
+        "one_process": {
+            name: getattr(measured, name) for name in ("fixed_s", "segment_s", "pair_s", "ready_s")
+        },
         "phases": {
             phase: {
-                "tasks": len(seconds),
-                "seconds": sum(seconds),
+                "tasks": len(seconds) // rounds,
+                "seconds": sum(seconds) / rounds,
                 "longest_s": max(seconds, default=0.0),
                 "MB": tasks.bytes.get(phase, 0) / 1e6,
             }
-            for phase, seconds in phases.items()
+            for phase, seconds in found.items()
         },
+        "MB": size / rounds,
     }
+
+
+def _alone(tasks: TimedTasks) -> float:
+    """Seconds of the phases that have one task."""
+    return sum(sum(tasks.seconds[phase]) for phase in SINGLE)
+
+
+def _seconds_of_a_pair(count: int = 1_000_000) -> float:
+    """Seconds to join documents into groups, for each pair of them."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, count, (count, 2), dtype=np.uint64)
+    began = time.process_time()
+    found, places = np.unique(ids, return_inverse=True)
+    duplicates._joined(places.reshape(-1, 2), len(found))
+    return (time.process_time() - began) / count
 
 
 def _by_one(data: Path, output: Path) -> float:
     """Seconds of processor time of all processes of a local preparation."""
-    output.parent.mkdir()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ray_preparation.run(data, output, None)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -208,10 +256,11 @@ def main() -> None:
     parser.add_argument(
         "--bytes", type=lambda text: int(float(text)), help="use only the first BYTES"
     )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turns")
     arguments = parser.parse_args()
-    result = measure(arguments.tiny, arguments.data, arguments.bytes)
+    result = measure(arguments.tiny, arguments.data, arguments.bytes, arguments.rounds)
     print(harness.table({"phase": name, **row} for name, row in result["phases"].items()))
-    print(result["local"], result["driver"], result["store_equals_local"])
+    print(result["local"], result["one_process"], result["stores_equal_local"])
     harness.report(result, arguments.out)
 
 
