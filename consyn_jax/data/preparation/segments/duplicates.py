@@ -26,6 +26,7 @@ from consyn_jax.data.preparation.segments.job import Job, among, rows_of, segmen
 from consyn_jax.data.preparation.segments.partitions import of_partition
 
 CHUNK = 4096  # documents that are compared at once
+_ENDS = (np.minimum, np.maximum)
 
 
 def write_exact(job: Job, partition: int) -> None:
@@ -74,8 +75,10 @@ def _joined(pairs: Int64[np.ndarray, "pairs 2"], count: int) -> Int64[np.ndarray
     """
     labels = np.arange(count)
     while len(pairs):
-        pairs = np.sort(labels[pairs], axis=1)
-        pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+        low, high = (end(labels[pairs[:, 0]], labels[pairs[:, 1]]) for end in _ENDS)
+        differ = low != high
+        # As one number each, since rows of an array are sorted many times as slowly.
+        pairs = np.stack(np.divmod(np.unique(low[differ] * count + high[differ]), count), axis=1)
         np.minimum.at(labels, pairs[:, 1], pairs[:, 0])
         while not np.array_equal(labels, labels[labels]):
             labels = labels[labels]
