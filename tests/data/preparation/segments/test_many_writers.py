@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from consyn_jax.data.preparation import build
 from consyn_jax.data.preparation.cached_store import prepare
-from consyn_jax.data.preparation.segments import engines, many_writers, phases, spans
+from consyn_jax.data.preparation.segments import duplicates, engines, many_writers, phases, spans
 from consyn_jax.data.preparation.segments.job import Job
 from consyn_jax.data.preparation.segments.many_writers import TasksHere
 from consyn_jax.data.preparation.workers import worker
@@ -319,3 +320,21 @@ def test_tasks_hash_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     by_many(path, tmp_path / "many")  # the tasks hash
     assert by_one(path, tmp_path / "one") == files(tmp_path / "many")
     assert read == []
+
+
+def test_groups_are_those_of_a_union_find() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        count = int(rng.integers(1, 60))
+        pairs = rng.integers(0, count, (int(rng.integers(0, 80)), 2))
+        parent = list(range(count))
+
+        def root(x: int, parent: list[int] = parent) -> int:
+            while parent[x] != x:
+                x = parent[x]
+            return x
+
+        for a, b in pairs.tolist():
+            low, high = sorted((root(a), root(b)))
+            parent[high] = low
+        assert duplicates._joined(pairs, count).tolist() == [root(x) for x in range(count)]
