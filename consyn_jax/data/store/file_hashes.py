@@ -78,8 +78,9 @@ class FileHashes:
 
     def _known_hash(self, path: Path, status: os.stat_result) -> str:
         known = self._known.get(str(path.resolve()))
-        is_known = isinstance(known, list) and known[:-1] == _state(status)
-        return str(known[-1]) if is_known else ""
+        if isinstance(known, list) and known[:-1] == _state(status):
+            return str(known[-1])
+        return ""
 
     def _remember(self, path: Path, status: os.stat_result, digest: str) -> None:
         changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
