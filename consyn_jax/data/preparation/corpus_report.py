@@ -133,7 +133,7 @@ class Report:
         """
         self.rows_not_utf8 += result.rows_not_utf8
         for name in ("changed", "noticed", "formats", "unread"):
-            self._add(name, getattr(result, name), most_unread)
+            self.add(name, getattr(result, name), most_unread)
         self.example = self.example or result.example
 
     def join(self, later: Report) -> None:
@@ -141,11 +141,12 @@ class Report:
         self.take(later)
         self.documents += later.documents
         for name in ("dropped", "document_bytes", "document_tokens"):
-            self._add(name, getattr(later, name))
+            self.add(name, getattr(later, name))
         for rule, shown in later.examples.items():
             self.examples[rule] = [*self.examples.get(rule, []), *shown][:EXAMPLES]
 
-    def _add(self, name: str, counts: Mapping[str, int], most_unread: float = UNREAD_KEYS) -> None:
+    def add(self, name: str, counts: Mapping[str, int], most_unread: float = UNREAD_KEYS) -> None:
+        """Add counts to one of the tables, by its name."""
         table = getattr(self, name)
         for key, count in counts.items():
             if name == "unread" and key not in table and len(table) >= most_unread:
