@@ -32,6 +32,7 @@ from consyn_jax.errors import UserError, remedy
 from consyn_jax.files import aside, make_directory, replace_directory, write_whole
 from consyn_jax.tokenization import BPETokenizer
 
+TOKENIZER = "tokenizer"  # learned from the data
 # A segment takes up to two minutes of a core; of a small corpus there are a few thousand.
 MOST_SEGMENT_BYTES, LEAST_SEGMENT_BYTES, SEGMENTS = 256 << 20, 4 << 20, 4096
 MOST_PARTITIONS, LEAST_PARTITIONS, PARTITION_BYTES = 1024, 8, 1 << 30
@@ -181,22 +182,20 @@ class ManyWriters:
         job = self._new_job(tokenizer, single)
         path = job.root / JOB
         try:
-            old = Job.from_json(path.read_bytes())
-            if not _may_continue(old, job):
-                self.remove()
-                return self._begin()
-        except FileNotFoundError:
-            pass
-        except DAMAGED_TYPES:
-            self.remove()
-            return self._begin()
+            is_old = _may_continue(Job.from_json(path.read_bytes()), job)
+        except (FileNotFoundError, *DAMAGED_TYPES):
+            is_old = False
+        if not is_old:
+            for entry in job.root.iterdir():
+                if entry.name == TOKENIZER:  # the same for all jobs of this key
+                    continue
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         tokenizer.save(job.output / "tokenizer")
         # The journal of one writer before its first block: other data is refused, and a command
         # without --shared_directory begins anew.
         begin = Journal.begin(self._spec, self._destination.key, single)
         begin.write(self._destination.preparing / JOURNAL)
         job.remove_drafts()
-        make_directory(job.root)
         write_whole(path, job.to_json())
         return job
 
@@ -228,12 +227,11 @@ class ManyWriters:
 
     def _tokenizer(self) -> BPETokenizer:
         """The tokenizer, learned from the data unless an earlier command has done so."""
-        spec, path = self._spec, self._root / "tokenizer"
+        spec, path = self._spec, self._root / TOKENIZER
         if not isinstance(spec.tokenizer, str):
             return spec.tokenizer
         if not path.is_dir():
             learned = learn_tokenizer(spec, spec.is_one_text)
-            make_directory(self._root)
             fresh = aside(path)
             learned.save(fresh)
             replace_directory(fresh, path)

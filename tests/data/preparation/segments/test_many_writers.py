@@ -338,3 +338,20 @@ def test_groups_are_those_of_a_union_find() -> None:
             low, high = sorted((root(a), root(b)))
             parent[high] = low
         assert duplicates._joined(pairs, count).tolist() == [root(x) for x in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", [None, "{", '{"root": "/"}'])
+def test_the_files_of_a_damaged_job_are_not_used(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    path = corpus / "c.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "TasksHere", lambda: Stops(12))
+        with pytest.raises(KeyboardInterrupt):
+            by_many(path, tmp_path / "many")
+    (job,) = (tmp_path / "shared").glob("*/job.json")
+    for damaged in (tmp_path / "shared").glob("*/segments/*/arrays.bin"):
+        damaged.write_bytes(b"0")
+    job.unlink() if content is None else job.write_text(content)
+    assert by_many(path, tmp_path / "many") == by_one(path, tmp_path / "one")
