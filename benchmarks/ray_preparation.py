@@ -2,7 +2,7 @@
 
 `consyn-prepare` runs on enwik8, its pages as documents, with exact and near duplicates: with the
 workers of this machine, on a Ray cluster of one node with two processors, and on one of two nodes
-(two raylets on this machine) with one processor each. All stores are compared file by file.
+(two raylets on this machine) with one processor each; on both also with many writers. All stores are compared file by file.
 
 The seconds of processor time of the main process alone, without those of its start, tell at which
 rate it can feed workers on other machines and write what they return. Ray's threads in the main
@@ -35,6 +35,7 @@ from ray_nodes import Nodes, running
 SEPARATOR = "</page>"
 ENWIK8 = Path(__file__).parents[2] / "shared" / "data" / "enwik8" / "enwik8.gz"
 PROCESSORS = 2
+MANY = "many writers"
 TINY_BYTES = 3_000_000
 COMMAND = """
 import sys, time
@@ -45,12 +46,14 @@ sys.exit(code)
 """
 
 
-def run(data: Path, output: Path, nodes: Nodes | None) -> dict[str, Any]:
+def run(data: Path, output: Path, nodes: Nodes | None, by_many: bool = False) -> dict[str, Any]:
     """Seconds of a `consyn-prepare`, and of the processor time of its main process."""
     flags = ["--data", data, "--document_separator", SEPARATOR, "--near_duplicates", "--quiet"]
     flags += ["--output", output, "--num_workers", PROCESSORS]
     if nodes is not None:
         flags += ["--engine", "ray", "--ray_address", nodes.address]
+    if by_many:
+        flags += ["--shared_directory", output.parent / "shared"]
     environment = {**(nodes.environment if nodes else os.environ)}
     environment["CONSYN_CACHE"] = str(output.parent / "cache")
     began = time.perf_counter()
@@ -79,13 +82,16 @@ def hashes(directory: Path) -> dict[str, str]:
 def contest(text: Path, small: Path, rounds: int, clusters: dict[str, Nodes | None]) -> Any:
     """Rows of all contestants, who take turns, and the hashes of their last stores."""
     place, size = text.parent, text.stat().st_size / 1e6
-    starts = {name: run(small, place / f"{name}-start", nodes) for name, nodes in clusters.items()}
+    starts = {
+        name: run(small, place / f"{name}-start", nodes, MANY in name)
+        for name, nodes in clusters.items()
+    }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in clusters}
     for number in range(rounds):
         names = list(clusters) if number % 2 == 0 else list(reversed(clusters))
         for name in names:
             shutil.rmtree(place / name, ignore_errors=True)
-            runs[name].append(run(text, place / name, clusters[name]))
+            runs[name].append(run(text, place / name, clusters[name], MANY in name))
             print(name, json.dumps(runs[name][-1]), flush=True)
     rows = []
     for name in clusters:
@@ -123,6 +129,7 @@ def measure(
             two.add()
             two.wait(2)
             clusters = {"local": None, "one node": one, "two nodes": two}
+            clusters |= {f"one node, {MANY}": one, f"two nodes, {MANY}": two}
             rows, found, runs = contest(text, small, rounds, clusters)
         report = json.loads((place / "local" / "report.json").read_text())
     return {

@@ -120,6 +120,11 @@ class EngineOptions:
         "HOST:PORT of a Ray cluster's head node; auto: the cluster that this machine belongs to "
         "(the variable RAY_ADDRESS; if it is not set, a Ray is started on this machine)",
     )
+    shared_directory: str | None = flag(
+        None,
+        "directory on storage that all nodes share, as --data and --output are: with --engine ray, "
+        "all nodes write, not only this process",
+    )
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,11 @@ def validate_preparation(config: PrepareConfig) -> None:
         UserError: an invalid value or combination; the message names the flags.
     """
     validate_corpus(config.data)
-    engine, address = config.workers.engine, config.workers.ray_address
-    if engine != "ray" and address is not None:
-        raise UserError(
-            f"--ray_address {address} needs --engine ray. Add --engine ray, or leave "
-            "--ray_address out."
-        )
+    engine = config.workers.engine
+    for name in ("ray_address", "shared_directory"):
+        value = getattr(config.workers, name)
+        if engine != "ray" and value is not None:
+            raise UserError(f"--{name} {value} needs --engine ray. Add it, or leave --{name} out.")
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
             "--num_workers 0 leaves no tasks to --engine ray. Give the number of tasks at a time, "

@@ -66,6 +66,7 @@ METAVARS = {
     "topology": "GPU:HOSTSxGPUS|TPU:SHAPE[xSLICES]",
     "coordinator_address": "HOST:PORT",
     "ray_address": "auto|HOST:PORT",
+    "shared_directory": "DIR",
     "fit": "FILE",
     "output": "PATH",
     "average": "N|STEP,...",

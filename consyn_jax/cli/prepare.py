@@ -223,6 +223,8 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
     if config.workers.engine == "ray":
         address = config.workers.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
         rows.append(("workers", f"tasks of Ray on {address}"))
+    if config.workers.shared_directory is not None:
+        rows.append(("writers", f"all workers, by way of {config.workers.shared_directory}"))
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
 
@@ -247,6 +249,8 @@ def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[s
     rows += noticed(prepared.used, config.data, prepared.store.tokenizer)
     if prepared.left_out:
         rows.append(("left out", left_out_files(prepared.left_out)))
+    if prepared.one_writer:
+        rows.append(("writers", f"one, not many: {prepared.one_writer}"))
     if not prepared.from_cache:
         rate = size(report.file_bytes / max(seconds, 1e-3))
         rows.append(("time", f"{duration(seconds)}, {rate}/s"))

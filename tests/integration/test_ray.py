@@ -26,6 +26,7 @@ from .test_prepare_faults import SMALL, assert_all_end, assert_same, corpus, fil
 KILLS = int(os.environ.get("CONSYN_RAY_KILLS", "1"))
 RECORD = os.environ.get("CONSYN_RAY_RECORD")
 LONG_S = 240
+STAGES = ("tokenize", "deduplicate", "write")  # of many writers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 + 120 * KILLS)]
 __all__ = ["corpus"]
@@ -33,18 +34,21 @@ __all__ = ["corpus"]
 # Prints "now" and waits for a line where the store has reached a share of the data.
 DRIVER = """
 from consyn_jax.prepare_config import EngineOptions
-corpus, output, engine, address, share, seconds = sys.argv[1:]
+from consyn_jax.data.preparation.segments import many_writers
+many_writers.SHARD_TOKENS, many_writers.LEAST_SEGMENT_BYTES = 150_000, 150_000
+corpus, output, engine, address, shared, at, share, seconds = sys.argv[1:]
 out, sys.stdout = sys.stdout, sys.stderr  # for Ray's notes about lost workers
 held = float(share) < 1
 def progress(stage, done, total):
     global held
-    if held and stage == "tokenize" and done >= float(share) * total:
+    if held and stage == at and done >= float(share) * total:
         held = False
         print("now", file=out, flush=True)
         sys.stdin.readline()
         time.sleep(float(seconds))
 try:
-    prepared(corpus, output, "", 2, progress=progress, engine=EngineOptions(engine, address or None))
+    prepared(corpus, output, "", 2, progress=progress,
+        engine=EngineOptions(engine, address or None, shared or None))
 except UserError as error:
     print(error, file=out)
 """
@@ -57,13 +61,18 @@ def driver(
     share: float = 1.0,
     seconds: float = 0.0,
     before: str = "",
+    shared: Path | str = "",
+    stage: str = "tokenize",
 ) -> "subprocess.Popen[str]":
-    """A preparation with small blocks, on a cluster or with the workers of this machine."""
+    """A preparation with small blocks, on a cluster or with the workers of this machine.
+
+    It says "now", and goes on after a line and `seconds`, at a share of a stage.
+    """
     where = ("ray", nodes.address) if nodes else ("local", "")
     code = SMALL + before + DRIVER
     command = [sys.executable, "-X", "faulthandler", "-c", code, corpus, output, *where]
     return subprocess.Popen(
-        [*map(str, command), str(share), str(seconds)],
+        [*map(str, command), str(shared), stage, str(share), str(seconds)],
         env=nodes.environment if nodes else None,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -108,14 +117,25 @@ def test_the_store_of_two_nodes_is_the_local_one(
     assert dropped["near duplicate"]
 
 
+def test_many_writers_on_two_nodes_make_the_local_store(
+    nodes: Nodes, corpus: Path, tmp_path: Path, local: dict[str, bytes]
+) -> None:
+    finished(driver(corpus, tmp_path / "store", nodes, shared=tmp_path / "shared"))
+    assert_same(files(tmp_path / "store"), local)
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+@pytest.mark.parametrize("writers", ["one", "many"])
 @pytest.mark.parametrize("victim", ["worker", "raylet", "driver"])
 def test_whatever_is_killed_the_bytes_are_the_same(
-    nodes: Nodes, corpus: Path, tmp_path: Path, local: dict[str, bytes], victim: str
+    nodes: Nodes, corpus: Path, tmp_path: Path, local: dict[str, bytes], victim: str, writers: str
 ) -> None:
     rng, moments = random.Random(f"{victim} {KILLS}"), []
     for number in range(KILLS):
         share, seconds, output = rng.random() * 0.9, rng.random() * 0.05, tmp_path / str(number)
-        process = driver(corpus, output, nodes, share, seconds)
+        shared = tmp_path / "shared" if writers == "many" else ""
+        stage = STAGES[number % len(STAGES)] if writers == "many" else "tokenize"
+        process = driver(corpus, output, nodes, share, seconds, shared=shared, stage=stage)
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline() == "now\n", process.communicate()
@@ -126,7 +146,7 @@ def test_whatever_is_killed_the_bytes_are_the_same(
             process.kill()
             process.communicate()
             assert not (output / "manifest.json").exists()
-            process = driver(corpus, output, nodes)
+            process = driver(corpus, output, nodes, shared=shared)
         elif victim == "worker":
             workers = nodes.workers()
             killed = len(workers)
@@ -142,11 +162,15 @@ def test_whatever_is_killed_the_bytes_are_the_same(
             nodes.wait(1)
             nodes.add()
             nodes.wait(2)
-        moments.append({"share": round(share, 3), "processes": killed})
+        moments.append({"stage": stage, "share": round(share, 3), "processes": killed})
     if RECORD:
         path = Path(RECORD)
         record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        record[victim] = {"kills": KILLS, "bytes_equal": True, "moments": moments}
+        record[f"{victim}, {writers} writers"] = {
+            "kills": KILLS,
+            "bytes_equal": True,
+            "moments": moments,
+        }
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -119,10 +119,7 @@ class Preparation:
                     self._end_block(publish, resumable=block.end is not None)
         except OSError as error:
             raise self._unwritable(error) from error
-        # A dataset that is not downloaded yet has no stable size; leave it out.
-        self.report.file_bytes = sum(
-            source.num_bytes for source in spec.sources if source.files or source.kind == SAMPLE
-        )
+        self.report.file_bytes = text_bytes(spec)
 
     def close(self) -> None:
         """Close all files; their content stays."""
@@ -220,12 +217,9 @@ class Preparation:
         if result.fault:
             raise UserError(result.fault)
         report, source = self.report, self.report.sources[index]
-        report.rows_not_utf8 += result.rows_not_utf8
+        report.take(result)
         for rule, place, text in result.dropped:
             report.drop(rule, place, text)
-        for name in ("changed", "noticed", "formats", "unread"):
-            report.add(name, getattr(result, name))
-        report.example = report.example or result.example
         if block.begins and block.last:
             documents, kept = result.documents, self._write_documents(index, block, result.kept)
         else:
@@ -283,7 +277,7 @@ class Preparation:
             self.state.long = LongDocument(split, place, beginning, begin=block.offset)
         long = self.state.long
         assert long is not None
-        long.add(part, is_blank)
+        long.add(part, 0, is_blank)
         self.writer.append_part(long.split, part.ids)
         if not block.last:
             return 0
@@ -328,6 +322,11 @@ class Preparation:
             f"{self.directory} cannot be written: {error.strerror or error}. "
             f"{remedy(error)}, and run the same command again; it continues."
         )
+
+
+def text_bytes(spec: Spec) -> int:
+    """Number of bytes of all sources; a dataset that is not downloaded yet has no stable size."""
+    return sum(source.num_bytes for source in spec.sources if source.files or source.kind == SAMPLE)
 
 
 class Duplicates:

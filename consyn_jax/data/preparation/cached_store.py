@@ -16,19 +16,18 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from consyn_jax.data.preparation.build import Preparation, Publish, Stopped
+from consyn_jax.data.preparation.build import Stopped
 from consyn_jax.data.preparation.corpus_report import (
     Report,
     check_leniency,
     is_as_lenient,
     read_report,
 )
-from consyn_jax.data.preparation.destination import Destination, check_output
-from consyn_jax.data.preparation.journal import JOURNAL, Journal
+from consyn_jax.data.preparation.destination import Destination
 from consyn_jax.data.preparation.preparation_spec import (
     Progress,
     Spec,
@@ -37,6 +36,9 @@ from consyn_jax.data.preparation.preparation_spec import (
     find,
     key_of,
 )
+from consyn_jax.data.preparation.segments.engines import learn_hashes
+from consyn_jax.data.preparation.segments.many_writers import one_writer_reason
+from consyn_jax.data.preparation.store_making import build
 from consyn_jax.data.sources.discovery import Corpus
 from consyn_jax.data.sources.recognition.splits import IS_TEST
 from consyn_jax.data.sources.source import Source
@@ -63,6 +65,7 @@ class Prepared:
         report: counts of the preparation, empty for data that was tokenised already.
         from_cache: whether the store was already complete in the cache.
         validation: the sources in `used` that are validation data.
+        one_writer: why `--shared_directory` had no effect; "" if it had, or was not given.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -71,6 +74,7 @@ class Prepared:
     report: Report
     from_cache: bool
     validation: tuple[Source, ...] = ()
+    one_writer: str = ""
 
     @property
     def validation_is_empty(self) -> bool:
@@ -119,10 +123,12 @@ def prepare(
     spec = build_spec(corpus, held_out, options, tokenizer, test_fraction, progress)
     if engine is not None:
         spec = dataclasses.replace(spec, engine=engine)
+    if spec.engine.shared_directory is not None:
+        learn_hashes(spec)
     key = key_of(spec, contents_of(spec))
     directory = _entry(key, options) if output is None else output
     destination = Destination(directory, key, spec.options, in_cache=output is None)
-    return _prepared(spec, directory, from_cache=_build(spec, destination))
+    return _prepared(spec, directory, from_cache=build(spec, destination))
 
 
 def start(
@@ -236,7 +242,7 @@ class Growing:
     def _run(self, spec: Spec, destination: Destination) -> None:
         prepared = failure = None
         try:
-            from_cache = _build(spec, destination, self._publish)
+            from_cache = build(spec, destination, self._publish)
             prepared = _prepared(spec, destination.directory, from_cache)
         except Stopped:
             return
@@ -336,56 +342,6 @@ def _entry(key: str, options: CorpusOptions) -> Path:
     return directory
 
 
-def _build(spec: Spec, destination: Destination, publish: Publish | None = None) -> bool:
-    """Make or finish the store; return whether it was already complete."""
-    if destination.is_complete() and not destination.preparing.exists():
-        return True
-    destination.refuse_links()
-    if not destination.in_cache:
-        check_output(destination.directory)
-    with destination.locked(stop=lambda: publish is not None and publish(None, None)):
-        # Meanwhile, another process may have completed the store, or been killed before it cleaned
-        # up.
-        was_complete = destination.is_complete()
-        if not was_complete:
-            destination.remove_manifest()
-            _make(spec, destination, publish)
-        destination.remove_preparing()
-    return was_complete
-
-
-def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None:
-    journal = destination.journal()
-    if journal is not None:
-        check_leniency(journal.report, spec.options)
-    state = journal or Journal.begin(spec, destination.key, spec.is_one_text)
-    try:
-        if not _fill(spec, destination, state, journal is not None, publish):
-            # The files are rewritten from the start, so remove their old journal first.
-            (destination.preparing / JOURNAL).unlink(missing_ok=True)
-            state = Journal.begin(spec, destination.key, single=True)
-            _fill(spec, destination, state, False, publish)
-    except BaseException:
-        destination.remove_fragment()
-        raise
-
-
-def _fill(
-    spec: Spec, destination: Destination, state: Journal, resumed: bool, publish: Publish | None
-) -> bool:
-    """Write the store; return whether it is complete.
-
-    If the corpus is found to be a single row, the store stays unfinished. The caller then starts
-    again and splits that row by position.
-    """
-    with closing(Preparation(spec, destination.directory, state, resumed)) as preparation:
-        preparation.run(publish)
-        if preparation.is_one_row:
-            return False
-        preparation.finish()
-    return True
-
-
 def _prepared(spec: Spec, directory: Path, from_cache: bool) -> Prepared:
     store = TokenStore(directory)
     if not store.split(TRAIN).num_tokens:
@@ -396,4 +352,5 @@ def _prepared(spec: Spec, directory: Path, from_cache: bool) -> Prepared:
     report = read_report(directory)
     check_leniency(report, spec.options)
     held_out = spec.sources[: spec.num_validation]
-    return Prepared(store, spec.sources, spec.left_out, report, from_cache, held_out)
+    one_writer = one_writer_reason(spec) if spec.engine.shared_directory is not None else ""
+    return Prepared(store, spec.sources, spec.left_out, report, from_cache, held_out, one_writer)

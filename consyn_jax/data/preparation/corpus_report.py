@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,6 +34,17 @@ NOTICES = {
     "markers": "rows with a chat model's markers, which are read as plain text; give such rows as "
     "messages",
 }
+
+
+class Counts(Protocol):
+    """Counts of documents that a `Report` takes; its own attributes describe them."""
+
+    rows_not_utf8: int
+    changed: dict[str, int]
+    noticed: dict[str, int]
+    formats: dict[str, int]
+    unread: dict[str, int]
+    example: list[str]
 
 
 @dataclass
@@ -102,6 +113,10 @@ class Report:
     def drop(self, rule: str, place: str, text: str) -> None:
         """Count a document that is left out, and record the first few as examples."""
         self.dropped[rule] = self.dropped.get(rule, 0) + 1
+        self.show(rule, place, text)
+
+    def show(self, rule: str, place: str, text: str) -> None:
+        """Record a document that is left out as an example, if there are only a few yet."""
         shown = self.examples.setdefault(rule, [])
         if len(shown) < EXAMPLES:
             # A message about a bad row follows the place directly; other text is quoted after a
@@ -110,11 +125,31 @@ class Report:
                 f"{place} {text}" if rule == "bad row" else f"{place}: {text[:EXAMPLE_CHARS]}"
             )
 
-    def add(self, name: str, counts: Mapping[str, int]) -> None:
-        """Add counts to one of the tables: "changed", "noticed", "formats" or "unread"."""
+    def take(self, result: Counts, most_unread: float = UNREAD_KEYS) -> None:
+        """Add the counts of other documents, which come after those of this report.
+
+        Args:
+            most_unread: largest number of keys in the table "unread".
+        """
+        self.rows_not_utf8 += result.rows_not_utf8
+        for name in ("changed", "noticed", "formats", "unread"):
+            self.add(name, getattr(result, name), most_unread)
+        self.example = self.example or result.example
+
+    def join(self, later: Report) -> None:
+        """Add the report of the documents after those of this report, without its sources."""
+        self.take(later)
+        self.documents += later.documents
+        for name in ("dropped", "document_bytes", "document_tokens"):
+            self.add(name, getattr(later, name))
+        for rule, shown in later.examples.items():
+            self.examples[rule] = [*self.examples.get(rule, []), *shown][:EXAMPLES]
+
+    def add(self, name: str, counts: Mapping[str, int], most_unread: float = UNREAD_KEYS) -> None:
+        """Add counts to one of the tables, by its name."""
         table = getattr(self, name)
         for key, count in counts.items():
-            if name == "unread" and key not in table and len(table) == UNREAD_KEYS:
+            if name == "unread" and key not in table and len(table) >= most_unread:
                 continue  # each row may have new keys
             table[key] = table.get(key, 0) + count
 

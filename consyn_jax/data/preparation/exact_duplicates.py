@@ -70,10 +70,7 @@ class ExactDuplicates(Recorded):
         A digest that repeats an earlier digest of the same call is not new.
         """
         high, low = _halves(digests)
-        order = np.lexsort((low, high))  # stable: of equal digests the earliest comes first
-        repeated = np.zeros(len(order), bool)
-        repeated[1:] = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
-        order = order[~repeated]
+        order = _first_of_equal(high, low)
         known = np.zeros(len(order), bool)
         for position, value in self._runs.find(high[order]):
             known[position[value == low[order[position]]]] = True
@@ -83,6 +80,23 @@ class ExactDuplicates(Recorded):
         self._records.append(digests[new])
         self._runs.add(high[order], low[order])
         return new
+
+
+def first_of_equal(digests: UInt8[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
+    """Whether each digest repeats no earlier one."""
+    first = np.zeros(len(digests), bool)
+    first[_first_of_equal(*_halves(digests))] = True
+    return first
+
+
+def _first_of_equal(
+    high: UInt64[np.ndarray, " n"], low: UInt64[np.ndarray, " n"]
+) -> Int64[np.ndarray, " m"]:
+    """Indices of the digests that repeat no earlier one, sorted by digest."""
+    order = np.lexsort((low, high))  # stable: of equal digests the earliest comes first
+    repeated = np.zeros(len(order), bool)
+    repeated[1:] = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
+    return order[~repeated]
 
 
 def _halves(

@@ -46,15 +46,15 @@ class LongDocument:
     num_tokens: int = 0
     begin: int = 0
 
-    def add(self, part: EncodedDocuments, is_blank: bool) -> None:
-        """Add the next part."""
-        self.digests.append(part.digests[0].tobytes())
+    def add(self, parts: EncodedDocuments, at: int, is_blank: bool) -> None:
+        """Add the next part, which is number `at` of `parts`."""
+        self.digests.append(parts.digests[at].tobytes())
         self.is_blank = self.is_blank and is_blank
-        self.num_bytes += int(part.num_bytes[0])
-        self.num_chars += int(part.num_chars[0])
-        self.num_tokens += len(part.ids)
-        if len(part.signatures):
-            of_part = part.signatures[0]
+        self.num_bytes += int(parts.num_bytes[at])
+        self.num_chars += int(parts.num_chars[at])
+        self.num_tokens += int(parts.lengths[at])
+        if len(parts.signatures):
+            of_part = parts.signatures[at]
             self.signature = (
                 of_part if self.signature is None else np.minimum(self.signature, of_part)
             )

@@ -119,7 +119,7 @@ class NearDuplicates(Recorded):
                 "1."
             )
         self._threshold = threshold
-        self._bands, self._rows = bands_and_rows(threshold)
+        self._bands = bands_and_rows(threshold)[0]
         super().__init__(RecordFile(path, 4 * PERMUTATIONS, count))
         self._runs = SortedRuns(np.dtype(np.uint32))
         chunk = exact_duplicates.CHUNK
@@ -133,11 +133,11 @@ class NearDuplicates(Recorded):
         documents are divided into calls. A document without words is always kept, because its
         signature does not describe it.
         """
-        keys = self._keys(signatures)
+        keys = band_keys(signatures, self._threshold)
         kept = ~self._resemble_stored(signatures, keys)
         _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         group = group.reshape(keys.shape)
-        shared = (sizes[group] > 1) & _worded(signatures)[:, None]
+        shared = (sizes[group] > 1) & worded(signatures)[:, None]
         members: dict[int, list[int]] = {}
         for i in np.flatnonzero(kept & shared.any(axis=1)).tolist():
             bands = group[i, shared[i]].tolist()
@@ -173,24 +173,26 @@ class NearDuplicates(Recorded):
     ) -> Bool[np.ndarray, " n"]:
         return np.count_nonzero(a == b, axis=1) >= self._threshold * PERMUTATIONS
 
-    def _keys(self, signatures: UInt32[np.ndarray, "n 128"]) -> UInt64[np.ndarray, "n bands"]:
-        """The key of each band: a hash of its rows and of its number."""
-        bands = (
-            signatures[:, : self._bands * self._rows]
-            .astype(np.uint64)
-            .reshape(-1, self._bands, self._rows)
-        )
-        sums = (bands * _CONSTANTS[: self._rows]).sum(axis=2, dtype=np.uint64) + _CONSTANTS[
-            PERMUTATIONS : PERMUTATIONS + self._bands
-        ]
-        return mix(sums.reshape(-1)).reshape(sums.shape)
-
     def _index(self, signatures: UInt32[np.ndarray, "n 128"], start: int) -> None:
         """Add the bands of documents `start`, `start + 1` and so on."""
-        worded = _worded(signatures)
-        numbers = np.arange(start, start + len(signatures), dtype=np.uint32)[worded]
-        self._runs.add(self._keys(signatures[worded]).reshape(-1), np.repeat(numbers, self._bands))
+        chosen = worded(signatures)
+        numbers = np.arange(start, start + len(signatures), dtype=np.uint32)[chosen]
+        keys = band_keys(signatures[chosen], self._threshold)
+        self._runs.add(keys.reshape(-1), np.repeat(numbers, self._bands))
 
 
-def _worded(signatures: UInt32[np.ndarray, "n 128"]) -> Bool[np.ndarray, " n"]:
+def band_keys(
+    signatures: UInt32[np.ndarray, "n 128"], threshold: float
+) -> UInt64[np.ndarray, "n bands"]:
+    """The key of each band: a hash of its rows and of its number."""
+    num_bands, rows = bands_and_rows(threshold)
+    bands = signatures[:, : num_bands * rows].astype(np.uint64).reshape(-1, num_bands, rows)
+    sums = (bands * _CONSTANTS[:rows]).sum(axis=2, dtype=np.uint64) + _CONSTANTS[
+        PERMUTATIONS : PERMUTATIONS + num_bands
+    ]
+    return mix(sums.reshape(-1)).reshape(sums.shape)
+
+
+def worded(signatures: UInt32[np.ndarray, "n 128"]) -> Bool[np.ndarray, " n"]:
+    """Whether each document has a word; the signatures of others say nothing about them."""
     return (signatures != EMPTY).any(axis=1)

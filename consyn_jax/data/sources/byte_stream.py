@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,13 @@ class ByteStream:
             return
         while size and (data := self.read(min(size, CHUNK_BYTES))):
             size -= len(data)
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Number of bytes from here to the end; None if they must be decompressed or decoded."""
+        if not self.is_plain:
+            return None
+        return os.fstat(self.file.fileno()).st_size - self.file.tell() + len(self._ahead)
 
     @property
     def file_bytes(self) -> int:

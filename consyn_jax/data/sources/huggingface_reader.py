@@ -50,6 +50,10 @@ class HuggingFaceReader(Reader):
         """Return the size in bytes of the files, or of the copy in the cache."""
         return dataset_rows.size(name)
 
+    def can_seek(self, name: str) -> bool:
+        """Whether the dataset is in local files, of which row groups are skipped."""
+        return bool(self.files(name))
+
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
         """Read rows as JSON Lines; only the columns that the options need are read."""
         number, columns = start[1], RowKeys.of(reading.options).columns

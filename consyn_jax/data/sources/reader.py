@@ -218,6 +218,15 @@ class Reader(ABC):
         """Whether each source of this type is exactly one document."""
         return False
 
+    def can_seek(self, name: str) -> bool:
+        """Whether reading from a position does not read all that precedes it.
+
+        Raises:
+            UserError: the source cannot be read.
+        """
+        with ByteStream(Path(name)) as stream:
+            return stream.is_plain
+
     @abstractmethod
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
         """Read the blocks of a source from position `start` on.

@@ -83,7 +83,9 @@ def _spans(path: Path, reading: Reading) -> list[tuple[str | None, int, int]]:
     if not reading.single:
         return [(None, 0, -1)]
     with ByteStream(path) as stream:
-        size = sum(len(chunk) for chunk in _chunks(stream, -1))
+        size = stream.num_bytes
+        if size is None:
+            size = sum(len(chunk) for chunk in _chunks(stream, -1))
     validation, test = reading.options.validation_fraction, reading.test_fraction
     cuts = [int((1 - (validation + test)) * size), int((1 - test) * size)]
     ends = [0, *(_character(path, at) for at in cuts), size]

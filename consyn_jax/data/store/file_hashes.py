@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,21 +46,46 @@ class FileHashes:
             UserError: the file cannot be read.
         """
         try:
-            status, name = path.stat(), str(path.resolve())
-            state = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            known = self._known.get(name)
-            if isinstance(known, list) and known[:-1] == state:
-                return str(known[-1])
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            status = path.stat()
+            if known := self._known_hash(path, status):
+                return known
+            digest = hash_of(path)
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read: {error.strerror}. Check its permissions."
             ) from error
+        self._remember(path, status, digest)
+        return digest
+
+    def unknown(self, paths: Iterable[Path]) -> list[Path]:
+        """Those of the files that would be read to hash them, without small files."""
+        found = [(path, path.stat()) for path in paths if path.is_file()]
+        return [
+            path
+            for path, status in found
+            if status.st_size > SMALL and not self._known_hash(path, status)
+        ]
+
+    def learn(self, path: Path, size: int, modified_ns: int, digest: str) -> None:
+        """Take the hash of a file that was read elsewhere, if the file is the same here.
+
+        Args:
+            size, modified_ns: size and time stamp of the file that was read.
+        """
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) == (size, modified_ns):
+            self._remember(path, status, digest)
+
+    def _known_hash(self, path: Path, status: os.stat_result) -> str:
+        known = self._known.get(str(path.resolve()))
+        if isinstance(known, list) and known[:-1] == _state(status):
+            return str(known[-1])
+        return ""
+
+    def _remember(self, path: Path, status: os.stat_result, digest: str) -> None:
         changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
         if status.st_size > SMALL and time.time_ns() - changed_ns > SETTLED_NS:
-            self._new[name] = [*state, digest]
-        return digest
+            self._new[str(path.resolve())] = [*_state(status), digest]
 
     def __enter__(self) -> FileHashes:
         return self
@@ -71,3 +98,13 @@ class FileHashes:
         with suppress(OSError):  # the cache only saves time
             self._place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._place, json.dumps(dict(entries)))
+
+
+def hash_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(status: os.stat_result) -> list[int]:
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -35,6 +35,18 @@ from consyn_jax.tokenization import BPETokenizer
 SHARD_TOKENS = 1 << 24
 
 
+def documents_to_fill(ends: Int64[np.ndarray, " documents"], tokens: int) -> int:
+    """Number of documents in a shard that is closed at the first end that reaches `tokens`.
+
+    Args:
+        ends: ends of the documents, in tokens.
+
+    Returns:
+        More than there are documents, if none reaches `tokens`.
+    """
+    return int(np.searchsorted(ends, tokens)) + 1
+
+
 class TokenStoreWriter:
     """Writes a token store.
 
@@ -150,7 +162,7 @@ class TokenStoreWriter:
         while start < len(lengths):
             shard = self._shard(split)
             room = self._shard_tokens - shard.tokens
-            stop = min(int(np.searchsorted(ends, token + room)) + 1, len(lengths))
+            stop = min(documents_to_fill(ends, token + room), len(lengths))
             last = int(ends[stop - 1])
             with self._writing():
                 part = None if targets is None else targets[token:last]

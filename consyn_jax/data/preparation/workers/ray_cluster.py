@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, or start a local Ray instance."""
+"""Connect to a Ray cluster, or start a local Ray instance; its errors as sentences."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.errors import UserError, brief
+from consyn_jax.errors import UserError, brief, listed
 from consyn_jax.integers import natural
 
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
 LONGEST_S = 20.0  # longest wait for an answer of the head node
 ALARM_S = 3.0  # from a SIGTERM to the alarm with which Ray aborts the process
+LOOK_SECONDS = 10.0  # time between two counts of the cluster's processors
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that end a command
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
     "cluster), or leave --ray_address out to start a local Ray instance."
 )
+_INSTALL = "Install the versions of this machine on all nodes, and run the same command again."
 
 
 def connect(address: str | None, processors: int | None) -> Any:
@@ -163,6 +165,70 @@ def _refusal(place: str, error: Exception) -> UserError:
         "start --address HEAD:PORT), with the cluster's token (RAY_AUTH_MODE=token, and "
         "RAY_AUTH_TOKEN_PATH as on the head node)."
     )
+
+
+class Processors:
+    """The number of tasks that can run at a time: `count`, or else one on each processor."""
+
+    def __init__(self, ray: Any, count: int | None) -> None:
+        self._ray, self._count = ray, count
+        self._looked_s, self._found = -LOOK_SECONDS, 0
+
+    def count(self) -> int:
+        """The number by now, since nodes may join or leave."""
+        if self._count is not None:
+            return self._count
+        if time.monotonic() - self._looked_s > LOOK_SECONDS:
+            self._looked_s = time.monotonic()
+            self._found = int(self._ray.cluster_resources().get("CPU", 0))
+        return max(self._found, 1)
+
+
+def strangers() -> list[str]:
+    """Directories on Ray's import path from which workers must not import.
+
+    This is the current directory, unless it contains this package. Otherwise a user's json.py in
+    the current directory would replace Python's module json.
+    """
+    here = str(Path.cwd())
+    return [] if here == str(Path(__file__).parents[4]) else [here]
+
+
+def other_versions(node: str, differences: dict[str, str]) -> UserError:
+    """The error that a node has other versions of packages."""
+    found = listed([f"{name} {value}" for name, value in differences.items()])
+    return UserError(f"Node {node} of the Ray cluster has {found}. {_INSTALL}")
+
+
+@contextmanager
+def errors_as_sentences(ray: Any, retries: int, work: str = "block") -> Iterator[None]:
+    """Turn Ray's errors about a lost task into errors with a message for the user.
+
+    Args:
+        retries: how often Ray repeats a task.
+        work: the word for what a task does.
+    """
+    errors = ray.exceptions
+    try:
+        yield
+    except ImportError as error:
+        missing = getattr(error, "cause", error)
+        raise UserError(
+            f"A node of the Ray cluster cannot import {missing.name or brief(missing)}. {_INSTALL}"
+        ) from error
+    except (errors.WorkerCrashedError, errors.OutOfMemoryError) as error:
+        raise UserError(
+            f"A worker process on the Ray cluster was killed {retries + 1} times at the same "
+            f"{work}; running out of memory is the usual cause. Give Ray fewer CPUs on each "
+            "node, or lower --num_workers, and run the command again."
+        ) from error
+    except errors.RayTaskError:
+        raise  # a defect, with the traceback of the worker
+    except errors.RayError as error:  # nodes lost, a full object store or disk
+        raise UserError(
+            f"The Ray cluster lost a {work}: {brief(error)}. Look at `ray status`, and run the "
+            "same command again; it continues."
+        ) from error
 
 
 @contextmanager

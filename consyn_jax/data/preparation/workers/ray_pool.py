@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,17 +21,20 @@ from consyn_jax.data.preparation.workers.messages import (
     result_from,
 )
 from consyn_jax.data.preparation.workers.ordered_results import Workers, in_order
-from consyn_jax.data.preparation.workers.ray_cluster import connect, disconnect
+from consyn_jax.data.preparation.workers.ray_cluster import (
+    Processors,
+    connect,
+    disconnect,
+    errors_as_sentences,
+    other_versions,
+    strangers,
+)
 from consyn_jax.data.preparation.workers.ray_worker import Answer, versions
 from consyn_jax.data.preparation.workers.worker import Result
 from consyn_jax.data.sources.reader import Block
-from consyn_jax.errors import UserError, brief, listed
 
 RETRIES = 5  # retries of a task whose worker or node was lost
 MOST_BYTES = 512 << 20  # size of all blocks in progress, in the object store of this node
-LOOK_SECONDS = 10.0  # time between two counts of the cluster's processors
-
-_INSTALL = "Install the versions of this machine on all nodes, and run the same command again."
 
 
 class RayPool(Workers):
@@ -51,17 +51,17 @@ class RayPool(Workers):
     """
 
     def __init__(self, count: int | None, settings: WorkerSettings, address: str | None) -> None:
-        self._settings, self._count = settings, count
-        self._looked_s, self._processors = -LOOK_SECONDS, 0
+        self._settings = settings
         shared = json.dumps({"settings": settings.to_json(), "versions": versions()}).encode()
         self._key = hashlib.sha256(shared).hexdigest()
         self._ray = connect(address, count)
         try:
-            with self._errors_as_sentences():
+            with errors_as_sentences(self._ray, RETRIES):
                 # As an array, each worker reads it in place; bytes would be copied for each task.
                 self._shared = self._ray.put(np.frombuffer(shared, np.uint8))
-            task = _task(_strangers())
+            task = _task(strangers())
             self._task = self._ray.remote(num_cpus=1, max_retries=RETRIES)(task)
+            self._processors = Processors(self._ray, count)
         except BaseException:
             self.close()
             raise
@@ -79,55 +79,24 @@ class RayPool(Workers):
 
     def _submit(self, block: Block) -> _Task:
         head = json.dumps(block_head(block))
-        with self._errors_as_sentences():
+        with errors_as_sentences(self._ray, RETRIES):
             # The future fetches the result as soon as there is one, while others are written.
             future = self._task.remote(self._key, self._shared, head, block.data).future()
         return _Task(future, lambda answer: self._result(block, answer))
 
     def _most(self) -> int:
-        if self._count is not None:
-            return 2 * self._count + 1
-        if time.monotonic() - self._looked_s > LOOK_SECONDS:
-            self._looked_s = time.monotonic()
-            self._processors = int(self._ray.cluster_resources().get("CPU", 0))
-        return 2 * max(self._processors, 1) + 1
+        return 2 * self._processors.count() + 1
 
     def _result(self, block: Block, future: Future[Answer]) -> Result:
-        with self._errors_as_sentences():
+        with errors_as_sentences(self._ray, RETRIES):
             head, arrays = future.result()
         if "differ" in head:
-            found = listed([f"{name} {value}" for name, value in head["differ"].items()])
-            raise UserError(f"Node {head['node']} of the Ray cluster has {found}. {_INSTALL}")
+            raise other_versions(head["node"], head["differ"])
         if not head["fault"]:
             return result_from(head, arrays)
         # A fault ends the preparation. Process the block again on this machine, because a message
         # with the line of the fault needs the file, which a node may not have.
         return self._settings.worker().work(block)
-
-    @contextmanager
-    def _errors_as_sentences(self) -> Iterator[None]:
-        errors = self._ray.exceptions
-        try:
-            yield
-        except ImportError as error:
-            missing = getattr(error, "cause", error)
-            raise UserError(
-                f"A node of the Ray cluster cannot import {missing.name or brief(missing)}. "
-                f"{_INSTALL}"
-            ) from error
-        except (errors.WorkerCrashedError, errors.OutOfMemoryError) as error:
-            raise UserError(
-                f"A worker process on the Ray cluster was killed {RETRIES + 1} times at the same "
-                "block; running out of memory is the usual cause. Give Ray fewer CPUs on each "
-                "node, or lower --num_workers, and run the command again."
-            ) from error
-        except errors.RayTaskError:
-            raise  # a defect, with the traceback of the worker
-        except errors.RayError as error:  # nodes lost, a full object store or disk
-            raise UserError(
-                f"The Ray cluster lost a block: {brief(error)}. Look at `ray status`, and run the "
-                "same command again; it continues."
-            ) from error
 
 
 class _Task:
@@ -143,16 +112,6 @@ class _Task:
     def result(self) -> Result:
         """Wait for the result of the task."""
         return self._result(self._future)
-
-
-def _strangers() -> list[str]:
-    """Directories on Ray's import path from which workers must not import.
-
-    This is the current directory, unless it contains this package. Otherwise a user's json.py in
-    the current directory would replace Python's module json.
-    """
-    here = str(Path.cwd())
-    return [] if here == str(Path(__file__).parents[4]) else [here]
 
 
 def _task(strangers: list[str]) -> Callable[[str, np.ndarray, str, bytes], Answer]:

@@ -41,16 +41,20 @@ def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
     if key not in _workers:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray counts this task as one processor
         values = json.loads(shared.tobytes())
-        differ = {
-            name: f"{value} ({values['versions'][name]} is here)"
-            for name, value in versions().items()
-            if value != values["versions"][name]
-        }
-        if differ:
+        if differ := differences(values["versions"]):
             return {"node": socket.gethostname(), "differ": differ}, []
         _workers.clear()
         _workers[key] = WorkerSettings.from_json(values["settings"]).worker()
     return result_head(_workers[key].work(block_from(json.loads(head), data)))
+
+
+def differences(expected: dict[str, str]) -> dict[str, str]:
+    """Packages whose versions are not those of the main process, each with both versions."""
+    return {
+        name: f"{value} ({expected[name]} is here)"
+        for name, value in versions().items()
+        if value != expected[name]
+    }
 
 
 @cache

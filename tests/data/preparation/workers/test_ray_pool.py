@@ -114,6 +114,19 @@ def test_the_store_is_that_of_local_workers(ray: FakeRay, data: Path, tmp_path: 
     assert {name: ray.given[name] for name in expected} == expected
 
 
+def test_many_writers_are_tasks_too(ray: FakeRay, data: Path, tmp_path: Path) -> None:
+    local = made(data, tmp_path / "local", EngineOptions(), num_workers=0)
+    shared = EngineOptions("ray", None, str(tmp_path / "shared"))
+    assert made(data, tmp_path / "many", shared) == local
+    assert ray.calls[-1] == "shutdown"
+    assert ray.calls.count("task") > 10
+    ray.failure = ray.exceptions.WorkerCrashedError()
+    with pytest.raises(UserError, match="was killed 6 times at the same task"):
+        made(data, tmp_path / "killed", shared)
+    ray.failure = None
+    assert made(data, tmp_path / "killed", shared) == local
+
+
 def test_where_the_cluster_is(
     ray: FakeRay, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +297,7 @@ def test_the_users_directory_is_not_searched_for_imports(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(ray_worker, "work", lambda *given: (given, list(sys.path)))
-    _, path = ray_pool._task(ray_pool._strangers())("key", None, "head", b"")  # type: ignore[arg-type]
+    _, path = ray_pool._task(ray_cluster.strangers())("key", None, "head", b"")  # type: ignore[arg-type]
     assert str(tmp_path) not in path
 
 
@@ -301,6 +314,7 @@ def test_the_header_says_where_the_workers_are(
     ("flags", "sentence"),
     [
         (("--ray_address", "auto"), "--ray_address auto needs --engine ray"),
+        (("--shared_directory", "d"), "--shared_directory d needs --engine ray"),
         (("--engine", "ray", "--num_workers", "0"), "--num_workers 0 leaves no tasks"),
         (("--engine", "ray", "--ray_address", "node1"), "must be auto or HOST:PORT"),
         (("--engine", "ray", "--ray_address", "ray://a:1"), "must be auto or HOST:PORT"),

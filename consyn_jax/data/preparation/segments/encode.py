@@ -1,0 +1,192 @@
+"""Phase "segments": clean and tokenise the documents of a segment.
+
+The arrays have one row for each document that no rule of a worker drops, and for each part of a
+long document, in the order of the corpus. They have the names of `EncodedDocuments`, and:
+
+    origins  origin of each row, as in `store/manifest.py`
+    flags    PART, BEGINS, LAST and BLANK
+
+`partitions.py` describes the arrays that duplicates are found by. The tokens are in `ids.bin`;
+`targets.bin` exists if some are not targets.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Bool
+
+from consyn_jax.data.preparation.corpus_report import EXAMPLES, Report
+from consyn_jax.data.preparation.document_origins import document_origins
+from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
+from consyn_jax.data.preparation.near_duplicates import PERMUTATIONS
+from consyn_jax.data.preparation.segments.job import Job, document_ids
+from consyn_jax.data.preparation.segments.partitions import compared
+from consyn_jax.data.preparation.segments.spans import segment_blocks
+from consyn_jax.data.preparation.workers.worker import Result
+from consyn_jax.data.sources.reader import Block
+from consyn_jax.data.split import DIGEST_BYTES
+from consyn_jax.errors import UserError
+
+PART, BEGINS, LAST, BLANK = 1, 2, 4, 8
+IDS, TARGETS = "ids.bin", "targets.bin"
+TABLE = ("numbers", "lengths", "num_bytes", "num_chars", "digests", "splits", "signatures")
+_EMPTY: dict[str, np.ndarray] = {
+    **{name: np.zeros(0, np.int64) for name in ("numbers", "lengths", "num_bytes", "num_chars")},
+    "digests": np.zeros((0, DIGEST_BYTES), np.uint8),
+    "splits": np.zeros(0, np.uint8),
+    "signatures": np.zeros((0, PERMUTATIONS), np.uint32),
+    "origins": np.zeros((0, 3), np.int64),
+    "flags": np.zeros(0, np.uint8),
+}
+
+
+def write_segment(job: Job, segment: int) -> None:
+    """Tokenise a segment, and write its rows.
+
+    Raises:
+        UserError: a source cannot be read, or has a fault.
+    """
+    worker = job.settings.worker()
+    with job.writing("segments", segment) as draft:
+        rows = _Rows(job, draft.path)
+        with rows.files:
+            for index, block in segment_blocks(job, segment):
+                rows.add(index, block, worker.work(block))
+        table = rows.table()
+        whole = np.flatnonzero(table["flags"] & PART == 0)
+        draft.save(
+            **table,
+            **compared(
+                job,
+                document_ids(segment, whole),
+                table["digests"][whole],
+                table["signatures"][whole] if job.threshold is not None else None,
+                rows.may_repeat()[whole],
+            ),
+        )
+        draft.result = rows.result()
+
+
+class _Rows:
+    """The rows and counts of a segment so far."""
+
+    def __init__(self, job: Job, place: Path) -> None:
+        self.files = _TokenFiles(place)
+        self._job = job
+        self._columns = {name: [empty] for name, empty in _EMPTY.items()}
+        self._prompts = [np.zeros(0, bool)]
+        self._count = 0
+        self._report = Report()
+        self._drops: list[tuple[int, str, str, str]] = []
+        self._shown: dict[str, int] = {}
+        self._sources: dict[int, int] = {}
+
+    def add(self, index: int, block: Block, result: Result) -> None:
+        """Add a block of source number `index`."""
+        if result.fault:
+            raise UserError(result.fault)
+        self._report.take(result, most_unread=float("inf"))
+        self._drop(result)
+        kept, whole = result.kept, block.begins and block.last
+        documents = result.documents if whole else int(block.last)
+        self._report.documents += documents
+        self._sources[index] = self._sources.get(index, 0) + documents
+        if whole:
+            origins = document_origins(block, kept.numbers, index, self._job.spec)
+        else:
+            origins = np.array([[index, block.offset, block.offset + len(block.data)]])
+        flags = BEGINS * block.begins | LAST * block.last | PART * (not whole)
+        flags |= BLANK * result.is_blank
+        columns: dict[str, np.ndarray] = {
+            **{name: getattr(kept, name) for name in TABLE},
+            "origins": origins,
+            "flags": np.full(len(kept.numbers), flags, np.uint8),
+        }
+        for name, column in columns.items():
+            self._columns[name].append(column)
+        self._prompts.append(kept.have_prompts.astype(bool))
+        self._count += len(kept.numbers)
+        self.files.add(kept)
+
+    def _drop(self, result: Result) -> None:
+        """Count what was left out, and note after how many rows the first few came."""
+        dropped = self._report.dropped
+        for rule, place, text in result.dropped:
+            dropped[rule] = dropped.get(rule, 0) + 1
+            if self._shown.setdefault(rule, 0) < EXAMPLES:
+                self._shown[rule] += 1
+                self._drops.append((self._count, rule, place, text))
+
+    def table(self) -> dict[str, np.ndarray]:
+        """The columns of all rows."""
+        return {name: np.concatenate(columns) for name, columns in self._columns.items()}
+
+    def may_repeat(self) -> Bool[np.ndarray, " n"]:
+        """Whether each row is kept even if it equals an earlier one."""
+        if self._job.settings.options.deduplicate is not None:
+            return np.zeros(self._count, bool)
+        return np.concatenate(self._prompts)
+
+    def result(self) -> dict[str, Any]:
+        """The counts, as values of JSON."""
+        return {
+            "report": vars(self._report),
+            "drops": self._drops,
+            "sources": self._sources,
+            "rows": self._count,
+        }
+
+
+class _TokenFiles:
+    """The files of the tokens and, once a token is no target, of the targets."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._ids = (place / IDS).open("xb")
+        self._targets: BinaryIO | None = None
+        self._count = 0
+
+    def add(self, documents: EncodedDocuments) -> None:
+        """Append the tokens of documents."""
+        ids, targets = documents.ids, documents.targets
+        self._ids.write(np.ascontiguousarray(ids).data)
+        if len(targets) and self._targets is None:
+            self._targets = (self._place / TARGETS).open("xb")
+            self._targets.write(b"\1" * self._count)
+        if self._targets is not None:
+            marks = targets if len(targets) else np.ones(len(ids), np.uint8)
+            self._targets.write(np.ascontiguousarray(marks).data)
+        self._count += len(ids)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for file in filter(None, (self._ids, self._targets)):
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+            file.close()
+
+
+class SegmentTokens:
+    """The tokens and targets of a finished segment."""
+
+    def __init__(self, job: Job, segment: int) -> None:
+        place = job.place("segments", segment)
+        self.ids = _mapped(place / IDS, job.dtype)
+        has_targets = (place / TARGETS).exists()
+        self.targets = _mapped(place / TARGETS, np.dtype(np.uint8)) if has_targets else None
+        lengths = job.array("segments", segment, "lengths")
+        self.ends = np.cumsum(lengths)
+        self.starts = self.ends - lengths
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r").view(np.ndarray)

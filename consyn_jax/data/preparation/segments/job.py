@@ -1,0 +1,295 @@
+"""A job: the settings that all tasks of many writers share, and the files that they exchange.
+
+A task is a phase and a number. Its result is a directory ROOT/PHASE/NUMBER with `result.json` and
+arrays, which is renamed into place when it is complete. So a finished task is its own entry in the
+journal: it is not repeated, and two processes that run the same task do no harm, because both make
+the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from consyn_jax.data.preparation.preparation_spec import Spec
+from consyn_jax.data.preparation.workers.messages import WorkerSettings
+from consyn_jax.data.sources.reader import Position
+from consyn_jax.data.sources.source import Source
+from consyn_jax.data.store.manifest import token_dtype
+from consyn_jax.errors import UserError
+from consyn_jax.files import aside, flush, write_whole
+from consyn_jax.tokenization import BPETokenizer
+
+JOB, STARTS = "job.json", "starts.json"
+RESULT, ARRAYS = "result.json", "arrays.bin"  # of a task
+ALIGNED = 64
+
+Start = tuple[int, Position]
+"""Number of a source, and a position in it: where a segment begins."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A preparation by many writers.
+
+    Attributes:
+        root: directory of the files that tasks exchange.
+        output: directory of the store.
+        settings: settings of the workers.
+        sources: all sources, as in `Spec`.
+        num_validation: number of sources from `--validation`.
+        working_directory: that of the command, which relative names of sources begin at.
+        segment_bytes: bytes of text after which a segment ends.
+        partitions: number of ranges of digests, and of keys of bands.
+        shard_tokens: number of tokens after which a shard ends.
+    """
+
+    root: Path
+    output: Path
+    settings: WorkerSettings
+    sources: tuple[Source, ...]
+    num_validation: int
+    working_directory: str
+    segment_bytes: int
+    partitions: int
+    shard_tokens: int
+
+    def to_json(self) -> str:
+        """The content of the file `JOB`."""
+        values = {
+            **vars(self),
+            "root": str(self.root),
+            "output": str(self.output),
+            "settings": self.settings.to_json(),
+            "sources": [[source.name, source.kind] for source in self.sources],
+        }
+        values = {name: value for name, value in values.items() if name in _FIELDS}
+        return json.dumps(values)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of the file `JOB`."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Job:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        given = {
+            "root": Path(values["root"]),
+            "output": Path(values["output"]),
+            "settings": WorkerSettings.from_json(values["settings"]),
+            "sources": tuple(Source(name, kind) for name, kind in values["sources"]),
+        }
+        return cls(**{**values, **given})
+
+    @cached_property
+    def spec(self) -> Spec:
+        """The parts of the specification that reading and writing documents need."""
+        settings = self.settings
+        return Spec(
+            self.sources,
+            self.num_validation,
+            (),
+            settings.options,
+            settings.test_fraction,
+            settings.tokenizer,
+            lambda stage, done, total: None,
+            chat_template=settings.chat_template,
+            tool_template=settings.tool_template,
+        )
+
+    @property
+    def tokenizer(self) -> BPETokenizer:
+        """The tokenizer of the store."""
+        return self.settings.tokenizer
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the store's tokens."""
+        return token_dtype(self.tokenizer.vocab_size)
+
+    @property
+    def drops_duplicates(self) -> bool:
+        """Whether exact duplicates are left out."""
+        return self.settings.options.deduplicate in (None, True)
+
+    @property
+    def threshold(self) -> float | None:
+        """The similarity from which near duplicates are left out; None if they stay."""
+        return self.settings.options.near_duplicates
+
+    # --------------------------------------------------------------------------- segments
+
+    def write_starts(self, starts: list[Start]) -> None:
+        """Record where segments begin."""
+        write_whole(self.root / STARTS, json.dumps(starts))
+
+    @cached_property
+    def starts(self) -> list[Start]:
+        """The beginnings of all segments."""
+        saved = json.loads((self.root / STARTS).read_bytes())
+        return [(source, (position[0], position[1])) for source, position in saved]
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments."""
+        return len(self.starts)
+
+    # --------------------------------------------------------------------------- results of tasks
+
+    def place(self, phase: str, number: int) -> Path:
+        """The directory of a task's result."""
+        return self.root / phase / f"{number:07d}"
+
+    def done(self, phase: str) -> set[int]:
+        """Numbers of the finished tasks of a phase."""
+        place = self.root / phase
+        names = [path.name for path in place.iterdir()] if place.is_dir() else []
+        return {int(name) for name in names if name.isdigit()}
+
+    def result(self, phase: str, number: int) -> Any:
+        """The values of JSON that a task wrote."""
+        return json.loads((self.place(phase, number) / RESULT).read_bytes())
+
+    def array(self, phase: str, number: int, name: str) -> np.ndarray:
+        """An array that a task wrote, as a memory map."""
+        path = self.place(phase, number) / ARRAYS
+        status = path.stat()
+        dtype, shape, offset = _contents(path, status.st_ino, status.st_mtime_ns)[name]
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(path, dtype, "r", offset, tuple(shape)).view(np.ndarray)
+
+    @contextmanager
+    def writing(self, phase: str, number: int) -> Iterator[Draft]:
+        """A directory for the files of a task, which gets its name at the end."""
+        place = self.place(phase, number)
+        if not place.parent.is_dir():
+            place.parent.mkdir(exist_ok=True)  # without parents: the job may be over
+            flush(self.root)
+        draft = Draft(aside(place))
+        draft.path.mkdir()
+        try:
+            yield draft
+            draft.finish()
+            try:
+                draft.path.rename(place)
+            except OSError:
+                if not (place / RESULT).exists():
+                    raise
+                shutil.rmtree(draft.path)  # another process was faster
+            flush(place.parent)
+        except BaseException:
+            with suppress(OSError):
+                shutil.rmtree(draft.path)
+            raise
+
+    def remove_drafts(self) -> None:
+        """Remove what killed tasks left."""
+        for path in self.root.glob("*/.*.new"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+_FIELDS = set(Job.__dataclass_fields__)
+
+
+class Draft:
+    """The directory of a task that is not finished yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.result = path, dict[str, Any]()
+
+    def save(self, **arrays: np.ndarray) -> None:
+        """Write all arrays of the task, under their names, to one file.
+
+        Their names, types, shapes and places are at its end, and the size of this list as the last
+        eight bytes.
+        """
+        contents = {}
+        with (self.path / ARRAYS).open("xb") as file:
+            for name, array in arrays.items():
+                file.write(bytes(-file.tell() % ALIGNED))
+                contents[name] = [array.dtype.str, array.shape, file.tell()]
+                file.write(np.ascontiguousarray(array).data)
+            listed = json.dumps(contents).encode()
+            file.write(listed + struct.pack("<Q", len(listed)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Write the values of `result`, and flush all names to the disk."""
+        write_whole(self.path / RESULT, json.dumps(self.result))
+
+
+@lru_cache(maxsize=1 << 12)
+def _contents(path: Path, inode: int, changed_ns: int) -> dict[str, Any]:
+    """The list at the end of a file of arrays; other arguments than the path identify the file."""
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        (size,) = struct.unpack("<Q", file.read(8))
+        file.seek(-8 - size, os.SEEK_END)
+        return json.loads(file.read(size))
+
+
+def document_ids(segment: int, rows: np.ndarray) -> np.ndarray:
+    """Numbers of documents in the order of the corpus: the segment, then the row in it."""
+    return (np.uint64(segment) << np.uint64(32)) | np.asarray(rows).astype(np.uint64)
+
+
+def edges(segment: int) -> np.ndarray:
+    """The numbers of the first documents of a segment and of the one after it."""
+    return np.array([segment, segment + 1], np.uint64) << np.uint64(32)
+
+
+def among(ids: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Whether each of `ids` is in the sorted array `found`."""
+    if not len(found):
+        return np.zeros(len(ids), bool)
+    return found[np.minimum(np.searchsorted(found, ids), len(found) - 1)] == ids
+
+
+def segment_of(ids: np.ndarray) -> np.ndarray:
+    """The segments of documents."""
+    return (ids >> np.uint64(32)).astype(np.int64)
+
+
+def rows_of(ids: np.ndarray) -> np.ndarray:
+    """The rows of documents in their segments."""
+    return (ids & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
+def of_segment(ids: np.ndarray, segment: int) -> np.ndarray:
+    """The rows of those of the sorted `ids` that are in a segment."""
+    low, high = np.searchsorted(ids, edges(segment))
+    return rows_of(np.asarray(ids[low:high]))
+
+
+def unseen(what: str) -> UserError:
+    """The error that this node does not see a path."""
+    return UserError(
+        f"{what} is not visible on node {socket.gethostname()} under this path. Give paths on "
+        "storage that all nodes share, or leave --shared_directory out."
+    )
+
+
+def check_seen(source: Source) -> None:
+    """Check that this node sees the files of a source.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    if not all(file.exists() for file in source.files):
+        raise unseen(f"--data {source.name}")

@@ -1,0 +1,93 @@
+"""Phase "long": join the parts of long documents, of which a segment may have only some.
+
+The arrays have one row for each long document, in the order of the corpus:
+
+    begin, end    its first and its last part, as numbers of documents
+    splits        its split
+    rules         the rule of `RULES` that drops it, or NO_RULE
+    num_bytes, num_tokens, offset    of its text
+    signatures    its signature, if near duplicates are left out
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from consyn_jax.data.preparation.corpus_report import RULES
+from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
+from consyn_jax.data.preparation.journal import LongDocument
+from consyn_jax.data.preparation.near_duplicates import EMPTY, PERMUTATIONS
+from consyn_jax.data.preparation.segments.encode import BEGINS, BLANK, PART, TABLE
+from consyn_jax.data.preparation.segments.job import Job, document_ids
+from consyn_jax.data.preparation.segments.partitions import compared
+from consyn_jax.data.split import DIGEST_BYTES, SPLITS, joined_digest
+
+NO_RULE = 255
+
+
+def write_long(job: Job, number: int) -> None:
+    """Write the long documents of all segments."""
+    documents: list[LongDocument] = []
+    begin, end = list[int](), list[int]()
+    for segment in range(job.num_segments):
+        flags = np.asarray(job.array("segments", segment, "flags"))
+        rows = np.flatnonzero(flags & PART)
+        if not len(rows):
+            continue
+        parts, offsets = _parts(job, segment, rows)
+        ids = document_ids(segment, rows).tolist()
+        for at, flag in enumerate(flags[rows].tolist()):
+            if flag & BEGINS:
+                split = SPLITS[parts.splits[at]]
+                documents.append(LongDocument(split, "", "", begin=int(offsets[at])))
+                begin.append(ids[at])
+                end.append(ids[at])
+            documents[-1].add(parts, at, bool(flag & BLANK))
+            end[-1] = ids[at]
+    with job.writing("long", number) as draft:
+        draft.save(
+            begin=np.array(begin, np.uint64),
+            end=np.array(end, np.uint64),
+            **_table(job, documents, np.array(end, np.uint64)),
+        )
+
+
+def _parts(
+    job: Job, segment: int, rows: Int64[np.ndarray, " n"]
+) -> tuple[EncodedDocuments, Int64[np.ndarray, " n"]]:
+    """The parts in these rows, without their tokens, and the offsets of their text."""
+    none = np.zeros(0, np.uint8)
+    names = TABLE if job.threshold is not None else tuple(n for n in TABLE if n != "signatures")
+    columns = {name: job.array("segments", segment, name)[rows] for name in names}
+    parts = EncodedDocuments(
+        **{"signatures": none, **columns}, have_prompts=none, ids=none, targets=none
+    )
+    return parts, job.array("segments", segment, "origins")[rows, 1]
+
+
+def _table(
+    job: Job, documents: list[LongDocument], ids: UInt64[np.ndarray, " n"]
+) -> dict[str, np.ndarray]:
+    rules = [long.rule(job.settings.options) for long in documents]
+    kept = np.array([not rule for rule in rules], bool)
+    digests = b"".join(joined_digest(long.digests) for long in documents)
+    signatures = np.full((len(documents), PERMUTATIONS), EMPTY, np.uint32)
+    for signature, long in zip(signatures, documents, strict=True):
+        if long.signature is not None:
+            signature[:] = long.signature
+    return {
+        "splits": np.array([SPLITS.index(long.split) for long in documents], np.uint8),
+        "rules": np.array([RULES.index(rule) if rule else NO_RULE for rule in rules], np.uint8),
+        "num_bytes": np.array([long.num_bytes for long in documents], np.int64),
+        "num_tokens": np.array([long.num_tokens for long in documents], np.int64),
+        "offset": np.array([long.begin for long in documents], np.int64),
+        "signatures": signatures,
+        **compared(
+            job,
+            ids[kept],
+            np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)[kept],
+            signatures[kept] if job.threshold is not None else None,
+            np.zeros(int(kept.sum()), bool),
+        ),
+    }

@@ -1,0 +1,133 @@
+"""Tasks of many writers as tasks of Ray.
+
+Ray only decides where a task runs: a task gets its phase and number, and all else is in files that
+all nodes see. If a worker or a node is lost, Ray runs its tasks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any
+
+from consyn_jax.data.preparation.segments.job import Job
+from consyn_jax.data.preparation.segments.many_writers import Tasks
+from consyn_jax.data.preparation.workers.ray_cluster import (
+    Processors,
+    connect,
+    disconnect,
+    errors_as_sentences,
+    other_versions,
+    strangers,
+)
+from consyn_jax.data.preparation.workers.ray_worker import versions
+from consyn_jax.errors import UserError
+
+RETRIES = 5  # of a task, each after its worker or its node was lost
+
+
+class RayTasks(Tasks):
+    """Runs tasks on a Ray cluster.
+
+    Args:
+        count: number of tasks that run at a time; None for one on each processor of the cluster.
+        address: value of `--ray_address`; None for the cluster of RAY_ADDRESS, or else a Ray that
+            is started on this machine.
+
+    Raises:
+        UserError: Ray is not installed or cannot be reached.
+    """
+
+    def __init__(self, count: int | None, address: str | None) -> None:
+        self._ray = connect(address, count)
+        try:
+            task = _task(strangers())
+            self._task = self._ray.remote(num_cpus=1, max_retries=RETRIES)(task)
+            self._processors = Processors(self._ray, count)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, job: Job, phase: str, numbers: Sequence[int], done: Callable[[int], None]
+    ) -> None:
+        """Run tasks of one phase, in about the order of their numbers."""
+        calls = [("work", str(job.root), job.identity, phase, number) for number in numbers]
+        self._results(calls, done)
+
+    def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
+        """Hash the files on all nodes."""
+        return self._results([("work_on_file", str(path.resolve())) for path in paths], done)
+
+    def _results(self, calls: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
+        """Call functions of `phases` with arguments; return their results.
+
+        After a fault, only earlier calls are waited for, so that the message is about the first
+        fault of the corpus.
+        """
+        running: dict[Future[Any], int] = {}
+        results: dict[int, Any] = {}
+        faults: dict[int, UserError] = {}
+        waiting = list(reversed(range(len(calls))))
+        while waiting or running:
+            # A few tasks wait in the queues of nodes, so that no processor does.
+            most = self._processors.count() * 5 // 4 + 1
+            while waiting and len(running) < most:
+                number = waiting.pop()
+                running[self._start(calls[number])] = number
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number = running.pop(future)
+                try:
+                    results[number] = self._result(future)
+                except UserError as error:
+                    faults[number] = error
+                    waiting.clear()
+            if faults and not any(number < min(faults) for number in running.values()):
+                raise faults[min(faults)]
+            done(len(results))
+        return [results[number] for number in range(len(calls))]
+
+    def close(self) -> None:
+        """Leave the cluster, which ends all tasks; stop Ray if this process started it."""
+        disconnect(self._ray)
+
+    def _start(self, call: tuple[Any, ...]) -> Future[Any]:
+        with errors_as_sentences(self._ray, RETRIES, "task"):
+            future: Future[Any] = self._task.remote(versions(), *call).future()
+        return future
+
+    def _result(self, future: Future[Any]) -> Any:
+        with errors_as_sentences(self._ray, RETRIES, "task"):
+            node, differences, answer = future.result()
+        if differences:
+            raise other_versions(node, differences)
+        fault, result = answer
+        if fault:
+            raise UserError(fault)
+        return result
+
+
+def _task(left_out: list[str]) -> Callable[..., tuple[str, dict[str, str], Any]]:
+    """Make the function that Ray runs for each task.
+
+    Ray sends the code of a local function to the nodes. So a node that lacks this package can
+    still start the function, and fails with an import error that names the package.
+
+    Args:
+        left_out: directories from which workers must not import.
+    """
+
+    def work(expected: dict[str, str], name: str, *arguments: Any) -> Any:
+        import socket
+        import sys
+
+        sys.path[:] = [place for place in sys.path if place not in left_out]
+        from consyn_jax.data.preparation.segments import phases
+        from consyn_jax.data.preparation.workers import ray_worker
+
+        differences = ray_worker.differences(expected)
+        answer = ("", None) if differences else getattr(phases, name)(*arguments)
+        return socket.gethostname(), differences, answer
+
+    return work

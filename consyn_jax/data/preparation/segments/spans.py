@@ -1,0 +1,98 @@
+"""Cut a corpus into segments, and read the blocks of a segment.
+
+A segment is a range of the corpus of about `segment_bytes`: several small sources, or a part of a
+large one. To find the parts, a large source is read once, without tokenising; this also counts the
+documents before each part, so that numbers of rows and places in messages are those of the whole.
+A source that cannot be read from its middle, such as a compressed file, is one segment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from consyn_jax.data.preparation.segments.job import Job, Start, check_seen
+from consyn_jax.data.sources.reader import START, Block, Position, Reading
+from consyn_jax.errors import UserError
+
+# A source below this many segments is not cut.
+FEW = 1.5
+
+
+def large_sources(job: Job) -> list[int]:
+    """Numbers of the sources that are read for places to cut."""
+    return [
+        number
+        for number, source in enumerate(job.sources)
+        if source.num_bytes > FEW * job.segment_bytes
+    ]
+
+
+def write_cuts(job: Job, number: int) -> None:
+    """Phase "cuts": find the positions at which segments of a source begin, except the first.
+
+    The reader starts anew at each of them, as the task of the segment will, since the places where
+    blocks end depend on where reading began.
+    """
+    source, settings = job.sources[number], job.settings
+    reading = Reading(settings.options, settings.tokenizer, settings.single, settings.test_fraction)
+    check_seen(source)
+    positions: list[Position] = []
+    start: Position | None = START if source.reader.can_seek(source.name) else None
+    while start is not None:
+        size, reached = 0, None
+        for block in source.blocks(start, reading):
+            if size == 0 and start != START:
+                positions.append(start)
+            size += max(len(block.data), 1)
+            if size >= job.segment_bytes and block.end is not None:
+                reached = block.end
+                break
+        start = reached
+    with job.writing("cuts", number) as draft:
+        draft.result = {"positions": positions}
+
+
+def plan(job: Job, cuts: dict[int, list[Position]]) -> list[Start]:
+    """Choose the beginnings of all segments.
+
+    Args:
+        cuts: the positions that `write_cuts` found, by number of the source.
+    """
+    starts: list[Start] = [(0, START)]
+    size = 0
+    for number, source in enumerate(job.sources):
+        if size and (size + source.num_bytes > FEW * job.segment_bytes):
+            starts.append((number, START))
+            size = 0
+        size += source.num_bytes
+        if positions := cuts.get(number):
+            starts += [(number, position) for position in positions]
+            size = job.segment_bytes  # the next source begins a segment
+    return starts
+
+
+def segment_blocks(job: Job, segment: int) -> Iterator[tuple[int, Block]]:
+    """The blocks of a segment, each with the number of its source.
+
+    Raises:
+        UserError: a source cannot be read, or has changed.
+    """
+    starts, settings = job.starts, job.settings
+    number, position = starts[segment]
+    end = starts[segment + 1] if segment + 1 < len(starts) else (len(job.sources), START)
+    last, stop = end
+    # Sources after the end are not opened.
+    here = job.sources[: last + (stop != START)]
+    for source in here[number:]:
+        check_seen(source)
+    spec = dataclasses.replace(job.spec, sources=here)
+    for index, block in spec.blocks(number, position, settings.tokenizer, settings.single):
+        yield index, block
+        if (index, block.end) == end:
+            return
+    if stop != START:
+        raise UserError(
+            f"{job.sources[last].name} changed while it was read. Do not change the files of "
+            "--data, and run the same command again."
+        )

@@ -1,0 +1,85 @@
+"""Make or finish one store: by one writer, or by many."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from consyn_jax.data.preparation.build import Preparation, Publish
+from consyn_jax.data.preparation.corpus_report import check_leniency
+from consyn_jax.data.preparation.destination import Destination, check_output
+from consyn_jax.data.preparation.journal import JOURNAL, Journal
+from consyn_jax.data.preparation.preparation_spec import Spec
+from consyn_jax.data.preparation.segments.engines import start_tasks
+from consyn_jax.data.preparation.segments.many_writers import ManyWriters, one_writer_reason
+from consyn_jax.errors import UserError
+
+
+def build(spec: Spec, destination: Destination, publish: Publish | None = None) -> bool:
+    """Make or finish the store; return whether it was already complete."""
+    if destination.is_complete() and not destination.preparing.exists():
+        return True
+    destination.refuse_links()
+    if not destination.in_cache:
+        check_output(destination.directory)
+    with destination.locked(stop=lambda: publish is not None and publish(None, None)):
+        # Meanwhile, another process may have completed the store, or been killed before it cleaned
+        # up.
+        was_complete = destination.is_complete()
+        if not was_complete:
+            destination.remove_manifest()
+            _make(spec, destination, publish)
+        destination.remove_preparing()
+    return was_complete
+
+
+def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None:
+    journal = destination.journal()
+    if journal is not None:
+        check_leniency(journal.report, spec.options)
+    state = journal or Journal.begin(spec, destination.key, spec.is_one_text)
+    try:
+        if spec.engine.shared_directory is not None and not one_writer_reason(spec):
+            is_complete = _by_many(spec, destination)
+        else:
+            is_complete = _fill(spec, destination, state, journal is not None, publish)
+        if not is_complete:
+            # The files are rewritten from the start, so remove their old journal first.
+            (destination.preparing / JOURNAL).unlink(missing_ok=True)
+            state = Journal.begin(spec, destination.key, single=True)
+            _fill(spec, destination, state, False, publish)
+    except BaseException:
+        destination.remove_fragment()
+        raise
+
+
+def _fill(
+    spec: Spec, destination: Destination, state: Journal, resumed: bool, publish: Publish | None
+) -> bool:
+    """Write the store; return whether it is complete.
+
+    If the corpus is found to be a single row, the store stays unfinished. The caller then starts
+    again and splits that row by position.
+    """
+    with closing(Preparation(spec, destination.directory, state, resumed)) as preparation:
+        preparation.run(publish)
+        if preparation.is_one_row:
+            return False
+        preparation.finish()
+    return True
+
+
+def _by_many(spec: Spec, destination: Destination) -> bool:
+    """Write the store by many writers; return whether it is complete, as `_fill` does."""
+    writers = ManyWriters(spec, destination)
+    with start_tasks(spec) as tasks:
+        state = writers.fill(tasks)
+    with closing(Preparation(spec, destination.directory, state, resumed=True)) as preparation:
+        is_complete = not preparation.is_one_row
+        try:
+            if is_complete:
+                preparation.finish()
+        except UserError:
+            writers.remove()  # of data that changed, or of which nothing is left
+            raise
+    writers.remove()
+    return is_complete
