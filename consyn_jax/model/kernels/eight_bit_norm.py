@@ -96,7 +96,8 @@ def _call(scale_D: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float) -
 
 def _kernel(norm_ref, scale_ref, *refs, num_rows, dim, columns, eps):
     *in_refs, values_ref, transposed_ref, largest_ref = refs
-    x_ref, added_ref, sum_ref = in_refs if len(in_refs) == 3 else (in_refs[0], None, None)
+    streams: Any = in_refs if len(in_refs) == 3 else (in_refs[0], None, None)
+    x_ref, added_ref, sum_ref = streams
     exists_row = pl.program_id(0) * ROWS + jnp.arange(ROWS) < num_rows
     steps = norm_ref.shape[0] // columns
 
