@@ -38,8 +38,8 @@ from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.distributed.hardware import bf16_peak
 from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.attention import causal_attention, documents
+from consyn_jax.model.block_matmuls import swiglu
 from consyn_jax.model.linear import linear
-from consyn_jax.model.transformer import swiglu
 from consyn_jax.training.loss import Extras, LossSums, head_objective
 from consyn_jax.training.step import TrainState, make_train_step
 

@@ -46,6 +46,17 @@ def test_a_docstring_begins_with_an_imperative_or_a_noun_phrase(module: Path) ->
     assert [line for line in first if QUESTION.match(line)] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES, ids=name)
+def test_texts_are_written_in_utf_8_in_every_locale(module: Path) -> None:
+    writes = [
+        {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        for node in ast.walk(ast.parse(module.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".write_text")
+    ]
+    assert [call for call in writes if call.get("encoding") != "'utf-8'"] == []
+
+
 def test_a_room_has_few_files() -> None:
     rooms = Counter(module.parent for module in MODULES if module.name != "__init__.py")
     assert {str(room): count for room, count in rooms.items() if count > ROOM_FILES} == {}

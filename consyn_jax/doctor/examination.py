@@ -41,7 +41,7 @@ def examine(config: DoctorConfig) -> list[Finding]:
     alone = Finding(
         "hosts",
         INFO,
-        "not compared; --distributed compares the clocks of several hosts and tests the network",
+        "n/a with one process; --distributed compares the clocks and tests the network of hosts",
     )
     return [*examine_machine(config), alone]
 

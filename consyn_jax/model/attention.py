@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device
 from consyn_jax.model.dropout import Dropout
+from consyn_jax.model.fp8.operands import REFERENCE, Writers
 from consyn_jax.model.norms import NORMS, Norms, norm_then_rope
 from consyn_jax.model.rematerialisation import ATTENTION_OUTPUT, KERNEL_RESIDUALS
 
@@ -287,6 +288,20 @@ def _kernel_norms(head_dim: int) -> Norms:
     return Norms(branched_norm, norm_rope if fits else norm_then_rope, merges=True)
 
 
+def _kernel_writers() -> Writers:
+    """Return the kernels that write 8-bit operands."""
+    from consyn_jax.model.kernels.branched_norm import branched_norm_gradients
+    from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
+    from consyn_jax.model.kernels.eight_bit_swiglu import (
+        eight_bit_swiglu,
+        eight_bit_swiglu_gradients,
+    )
+
+    return Writers(
+        eight_bit_norm, branched_norm_gradients, eight_bit_swiglu, eight_bit_swiglu_gradients
+    )
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation of attention, and the properties that the rest of the model uses.
@@ -301,6 +316,7 @@ class Backend:
             by default its output. Rematerialisation policies that do not recompute attention save
             the arrays with these names.
         norms: Returns the norms that blocks use with this backend, given the width of a head.
+        writers: Returns the writers of 8-bit operands that blocks use with this backend, in fp8.
         drops_weights: Whether `attend` supports dropout of the attention weights, by `drop`.
     """
 
@@ -309,6 +325,7 @@ class Backend:
     description: str
     saved_names: tuple[str, ...] = (ATTENTION_OUTPUT,)
     norms: Callable[[int], Norms] = lambda head_dim: NORMS
+    writers: Callable[[], Writers] = lambda: REFERENCE
     drops_weights: bool = False
     platforms: tuple[str, ...] = ()
 
@@ -321,6 +338,7 @@ BACKENDS = {
         "this package's kernel",
         saved_names=(KERNEL_RESIDUALS,),
         norms=_kernel_norms,
+        writers=_kernel_writers,
         platforms=("gpu", "cuda"),
     ),
     "splash": Backend(

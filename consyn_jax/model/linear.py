@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +102,19 @@ def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, 
         bias: Bias in the shape of the last dimensions of `y`.
     """
     return (y.astype(jnp.float32) + bias).astype(y.dtype)
+
+
+class MlpWeights(NamedTuple):
+    """The parameters of a block's MLP with its norm, but for the bias of the output.
+
+    Attributes:
+        norm: Scale of the norm.
+        gate_bias: Bias, or None if the model has none; as `up_bias`.
+    """
+
+    norm: Any
+    gate: Any
+    up: Any
+    down: Any
+    gate_bias: Any = None
+    up_bias: Any = None

@@ -18,8 +18,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from consyn_jax.distributed.mesh import constrain, mesh_sizes
+from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model.attention import BACKENDS, Documents, causal_attention, documents
+from consyn_jax.model.block_matmuls import Matmuls, matmuls_of
 from consyn_jax.model.dropout import (
     ATTENTION,
     ATTENTION_BRANCH,
@@ -29,17 +30,14 @@ from consyn_jax.model.dropout import (
     drop_out,
 )
 from consyn_jax.model.embedding import lookup
-from consyn_jax.model.fp8 import fp8_linear
-from consyn_jax.model.linear import add_bias, linear, linear_pair
-from consyn_jax.model.matrices.frozen_matrix import over_frozen
-from consyn_jax.model.norms import NORMS, Norms, rms_norm
+from consyn_jax.model.linear import MlpWeights, add_bias
+from consyn_jax.model.norms import rms_norm
 from consyn_jax.model.rematerialisation import BLOCK_INPUT, rematerialise
 from consyn_jax.model.rope import Rope, apply_rope, rope_of, rotated_where, spans_until
 from consyn_jax.model_config import ModelConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Product = Callable[[jax.Array, jax.Array], jax.Array]
-Pair = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+PLAIN = Matmuls()
 BLOCK_PARTS = ("attention", "MLP", "residual stream")
 
 
@@ -73,7 +71,7 @@ class Compute:
         remat: Which activations a block's backward pass recomputes. "none": none; "minimal": all
             except matrix products and attention; "attention": all except attention; "full": all;
             "offload": as "attention", with the saved activations in host memory.
-        fp8: Whether the matrix products of the blocks use 8-bit floats (model/fp8.py).
+        fp8: Whether the matrix products of the blocks use 8-bit floats (model/fp8/).
         unroll: Whether the loop over the blocks is unrolled. This is faster, but the compiled
             program grows with depth.
     """
@@ -140,58 +138,48 @@ class Block(nnx.Module):
         rope: Rope,
         attend: Attend,
         dropout: Dropout | None,
-        product: Product = linear,
-        norms: Norms = NORMS,
-        pair: Pair | None = None,
+        matmuls: Matmuls = PLAIN,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Compute the outputs of both branches and of the block, as named in `BLOCK_PARTS`.
 
         Args:
-            product: Matmul function, such as `linear`.
-            norms: The norm functions, from `attention.Backend.norms`.
-            pair: `linear_pair` if two matmuls with trained matrices are faster as one, else None.
+            matmuls: The matmuls, with the norms in front of them.
         """
         with jax.named_scope("attention"):
-            x_BTD, *branches = norms.branch(x_BTD, self.attention_norm[...], self.eps, 3)
-            attention_BTD = self._attention(branches, rope, attend, product, norms)
+            weights = self.q[...], self.k[...], self.v[...]
+            scale_D = self.attention_norm[...]
+            x_BTD, projected = matmuls.normed_qkv(x_BTD, scale_D, self.eps, weights)
+            attention_BTD = self._attention(projected, rope, attend, matmuls)
             attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
         with jax.named_scope("mlp"):
-            pair = pair if isinstance(self.gate[...], jax.Array) else None
-            uses = 2 if pair is None else 1
-            scale_D = self.mlp_norm[...]
-            x_BTD, *branches = norms.branch(x_BTD, scale_D, self.eps, uses, attention_BTD)
-            mlp_BTD = drop_out(self._mlp(branches, product, pair), dropout, MLP_BRANCH)
+            x_BTD, mlp_BTD = matmuls.normed_mlp(x_BTD, attention_BTD, self._mlp, self.eps)
+            mlp_BTD = _biased(constrain(mlp_BTD, "batch", "sequence", None), self.down_bias)
+            mlp_BTD = drop_out(mlp_BTD, dropout, MLP_BRANCH)
         return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
 
     def _attention(
-        self, branches: list[jax.Array], rope: Rope, attend: Attend, product: Product, norms: Norms
+        self, projected: tuple[jax.Array, ...], rope: Rope, attend: Attend, matmuls: Matmuls
     ) -> jax.Array:
-        B, T, _ = branches[0].shape
+        B, T, _ = projected[0].shape
         weights = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
         q_BTNH, k_BTKH, v_BTKH = (
-            _biased(product(x, w[...]).reshape(B, T, *w.shape[1:]), bias)
-            for x, (w, bias) in zip(branches, weights, strict=True)
+            _biased(y.reshape(B, T, *w.shape[1:]), bias)
+            for y, (w, bias) in zip(projected, weights, strict=True)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH = norms.rotate(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
-            k_BTKH = norms.rotate(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
+            rotate = matmuls.norms.rotate
+            q_BTNH = rotate(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
+            k_BTKH = rotate(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
         else:
             q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
-        out_BTD = product(attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, -1), self.o[...])
+        out_BTD = matmuls.linear(attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, -1), self.o[...])
         return _biased(constrain(out_BTD, "batch", "sequence", None), self.o_bias)
 
-    def _mlp(self, branches: list[jax.Array], product: Product, pair: Pair | None) -> jax.Array:
-        gate, up = self.gate[...], self.up[...]
-        if pair is None:
-            gate_BTF, up_BTF = product(branches[0], gate), product(branches[1], up)
-            hidden_BTF = swiglu(_biased(gate_BTF, self.gate_bias), _biased(up_BTF, self.up_bias))
-        else:
-            both_BT2F = pair(branches[0], gate, up)
-            if self.gate_bias is not None and self.up_bias is not None:
-                both_BT2F = add_bias(both_BT2F, jnp.stack([self.gate_bias[...], self.up_bias[...]]))
-            hidden_BTF = swiglu_of_pair(both_BT2F)
-        out_BTD = product(constrain(hidden_BTF, "batch", "sequence", "mlp"), self.down[...])
-        return _biased(constrain(out_BTD, "batch", "sequence", None), self.down_bias)
+    @property
+    def _mlp(self) -> MlpWeights:
+        biases = (None if b is None else b[...] for b in (self.gate_bias, self.up_bias))
+        weights = (p[...] for p in (self.mlp_norm, self.gate, self.up, self.down))
+        return MlpWeights(*weights, *biases)
 
 
 class Decoder(nnx.Module):
@@ -230,14 +218,17 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
         compute: Compute,
         dropout: Dropout | None = None,
+        scales: Float[Array, "L arrays"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Compute the hidden states after the final norm, in the compute dtype.
 
         Args:
             dropout: Dropout of the embedding, of the attention weights and of the branches of each
                 block, for training; None for no dropout.
+            scales: Scales of each block's 8-bit arrays, in fp8; None for scales that are computed
+                from the arrays themselves.
         """
-        return self.traced(input_ids, segment_ids, compute, dropout, lambda x_BTD: None)[0]
+        return self.traced(input_ids, segment_ids, compute, dropout, lambda x_BTD: None, scales)[0]
 
     def traced(
         self,
@@ -246,6 +237,7 @@ class Decoder(nnx.Module):
         compute: Compute,
         dropout: Dropout | None,
         look: Callable[[jax.Array], Any],
+        scales: Float[Array, "L arrays"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Compute `hidden`, and apply `look` to the activations [B, T, D] along the way.
 
@@ -258,13 +250,12 @@ class Decoder(nnx.Module):
         attend = partial(causal_attention, inside=inside, backend=compute.attention)
         rope, kinds = self._rope(input_ids.shape, inside), layer_kinds(config)
         recast, norms = compute.remat == "none", backend.norms(config.head_dim)
-        matmul = partial(fp8_linear if compute.fp8 else linear, recast=recast)
-        pair = partial(linear_pair, recast=recast) if self._merges(norms, compute) else None
+        matmuls = matmuls_of(compute.fp8, recast, norms, backend.writers)
         graphdef, stacked = nnx.split(self.layers)
         numbers_L = None if dropout is None else jnp.arange(1, config.num_layers + 1)
 
         def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
-            layer, number, kind = xs
+            layer, number, kind, scales = xs
             attend_here = partial(
                 attend, sliding_window=config.sliding_window, has_window=kind.has_window_L
             )
@@ -276,9 +267,7 @@ class Decoder(nnx.Module):
                 rotated_where(rope, kind.rotates_L),
                 partial(attend_here, dropout=weights),
                 here,
-                over_frozen(matmul),
-                norms,
-                pair,
+                matmuls(scales),
             )
             return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
@@ -286,18 +275,9 @@ class Decoder(nnx.Module):
         x_BTD = self.embed(input_ids, compute.dtype)
         x_BTD = drop_out(x_BTD, None if dropout is None else dropout.at(0), EMBEDDING)
         looks = {"embedding": look(x_BTD)}
-        unroll = config.num_layers if compute.unroll else 1
-        x_BTD, blocks = jax.lax.scan(body, x_BTD, (stacked, numbers_L, kinds), unroll=unroll)
+        unroll, xs = config.num_layers if compute.unroll else 1, (stacked, numbers_L, kinds, scales)
+        x_BTD, blocks = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
         return rms_norm(x_BTD, self.norm[...], config.norm_eps), looks | blocks
-
-    @staticmethod
-    def _merges(norms: Norms, compute: Compute) -> bool:
-        """Whether two matmuls that read the same norm are computed as one.
-
-        They stay separate in fp8, because each matrix has its own scale. They also stay separate if
-        fsdp shards the weights, because the collective of one gradient can then start earlier.
-        """
-        return norms.merges and not compute.fp8 and mesh_sizes()["fsdp"] == 1
 
     def _rope(self, shape: tuple[int, ...], inside: Documents | None) -> Rope:
         """Cosines and sines for positions that are counted from the start of each document."""
@@ -307,18 +287,6 @@ class Decoder(nnx.Module):
         if inside is not None and spans_until(self.config) is not None:
             span_BT = inside.last_BT - inside.first_BT + 1
         return rope_of(self.config, positions_BT, shape[1], span_BT)
-
-
-@jax.checkpoint
-def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """Compute silu(gate) * up (Shazeer, 2020); only `gate` and `up` are saved for backward."""
-    return jax.nn.silu(gate) * up
-
-
-@jax.checkpoint
-def swiglu_of_pair(both: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
-    """Compute `swiglu` of `gate` and `up` that are stacked in one array."""
-    return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
 
 
 def _bias(

@@ -153,7 +153,7 @@ def _understood(name: str, value: Any) -> Any:
     if scheme not in BUCKETS:
         raise UserError(
             f"--{name} {shown(value)}: {scheme}:// is not supported; s3://, gs:// and hf:// are. "
-            "Download the data, and give its path."
+            "Download the data, and give its path; consyn-train --remote copies a run to a bucket."
         )
     parse(value, name)
     return value

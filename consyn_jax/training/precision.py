@@ -36,7 +36,7 @@ class PrecisionChoice:
     """The dtype of activations and matmuls, and the reason for it.
 
     Attributes:
-        fp8: Whether the matmuls of the blocks use 8-bit floats (model/fp8.py).
+        fp8: Whether the matmuls of the blocks use 8-bit floats (model/fp8/).
     """
 
     dtype: Any

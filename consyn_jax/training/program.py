@@ -24,12 +24,13 @@ from consyn_jax.distributed.auto_mesh import Machine, MeshChoice
 from consyn_jax.distributed.compiler import compiler_options
 from consyn_jax.distributed.hardware import described_memory, runs_triton
 from consyn_jax.distributed.mesh import build_mesh, sharding
-from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS
 from consyn_jax.model.attention import AttentionChoice, choose_attention
 from consyn_jax.model.dropout import Dropout
+from consyn_jax.model.fp8.quantisation import first_scales
 from consyn_jax.model.lora import BaseTypes, base_like, base_types, trained_layout, with_adapter
 from consyn_jax.model.parameters import Layout, Params
 from consyn_jax.model.pretrained.config_json import family_of
+from consyn_jax.model.rematerialisation import unrolls
 from consyn_jax.model.transformer import Compute, Decoder
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
@@ -82,10 +83,6 @@ BATCH_DTYPES = {
 _Parts = tuple[Any, Any, Any, Any, int]
 TRAIN_AXES = (None, "batch", "sequence")  # [A, B, T]
 EVAL_AXES = ("batch", "sequence")  # [B, T]
-# The loop over blocks is unrolled up to this many layers; deeper models take too long to compile.
-# Unrolling makes a step a fifth faster on CPUs. On GPUs it avoids copying the saved activations of
-# all layers into one array and back.
-UNROLLED_LAYERS = {"cpu": CPU_UNROLLED_LAYERS, "gpu": 24}
 
 
 @dataclass(frozen=True)
@@ -182,41 +179,51 @@ class Program:
         """Dtypes of a batch's arrays by name, including those that only pairs have."""
         return BATCH_DTYPES | (PAIR_DTYPES if self.trains_on_pairs else {})
 
-    def _parts(self, params: Params, batch: Batch, base: Any, dropout: Any = None) -> _Parts:
+    def _parts(
+        self, params: Params, batch: Batch, base: Any, dropout: Any = None, scales: Any = None
+    ) -> _Parts:
         """Compute the inputs of a loss: hidden states, head, labels, mask, and vocabulary size."""
         whole = self.whole(params, base, batch.get("dropout_key"))
         model: Decoder = nnx.merge(self.layout.graphdef, whole)
-        x_BTD = model.hidden(batch["input_ids"], batch["segment_ids"], self.compute, dropout)
+        ids, documents = batch["input_ids"], batch["segment_ids"]
+        x_BTD = model.hidden(ids, documents, self.compute, dropout, scales)
         head_VD, size = model.head_VD, self.config.vocab_size
         return x_BTD, head_VD, batch["labels"], batch["loss_mask"], size
 
-    def log_probs(self, params: Params, batch: Batch, base: Params | None = None) -> jax.Array:
+    def log_probs(
+        self, params: Params, batch: Batch, base: Params | None = None, scales: Any = None
+    ) -> jax.Array:
         """Compute the log-probability [B, 2] of each answer of a micro-batch of pairs."""
-        return answer_log_probs(*self._parts(params, batch, base), self.chunks)
+        return answer_log_probs(*self._parts(params, batch, base, scales=scales), self.chunks)
 
     def loss(self, params: Params, batch: Batch) -> Sums:
         """Compute the loss sums of one micro-batch [B, T], for evaluation."""
         base = batch.get(BASE)
         if self.trains_on_pairs:
-            return self.objective(params, batch, base)[1]
+            return self.objective(params, batch, base=base)[1]
         return head_loss(*self._parts(params, batch, base), self.chunks)
 
     def objective(
-        self, params: Params, batch: Batch, base: Params | None = None
+        self, params: Params, batch: Batch, scales: Any = None, base: Params | None = None
     ) -> tuple[jax.Array, Sums]:
         """Compute the training objective, summed over one micro-batch [B, T], and the loss sums.
 
         Args:
             batch: Arrays of the micro-batch, including a `dropout_key` if there is dropout.
+            scales: In fp8, the scales of the training state; None for scales that are computed
+                from the arrays themselves, as in evaluations.
             base: The frozen weights, if the parameters are those of an adapter.
         """
         options = self.regularisation
         if self.trains_on_pairs:
-            return pair_objective(self.log_probs(params, batch, base), batch, options.dpo_beta)
+            return pair_objective(
+                self.log_probs(params, batch, base, scales), batch, options.dpo_beta
+            )
         drops = is_used(options.dropout)
         dropout = Dropout(batch["dropout_key"], options.dropout) if drops else None
         extras = Extras(options.label_smoothing, options.z_loss)
-        return head_objective(*self._parts(params, batch, base, dropout), extras, self.chunks)
+        parts = self._parts(params, batch, base, dropout, scales)
+        return head_objective(*parts, extras, self.chunks)
 
     @cached_property
     def state_like(self) -> Any:
@@ -231,8 +238,11 @@ class Program:
         places = jax.tree.map(in_host_memory, shardings) if self.host_moments else shardings
         opt_state = jax.eval_shape(self.rule.init, shapes)
         opt_state = place_state(opt_state, shapes, places, everywhere)
-        count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        return TrainState(count, params, opt_state, count)
+        count, scales = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            jax.eval_shape(lambda: (jnp.int32(0), self.first_scales())),
+        )
+        return TrainState(count, params, opt_state, count, scales)
 
     def initial_state(self, params: Params) -> TrainState:
         """Create the state of step 0 with these parameters, which must not be used afterwards."""
@@ -240,14 +250,18 @@ class Program:
         opt_state = new_state(self.rule, params, shardings.opt_state, self.host_moments)
         # `device_put` would compare the values across processes. While another process compiles,
         # that comparison could time out in Gloo.
-        step, nonfinite = jax.jit(
-            lambda: (jnp.int32(0), jnp.int32(0)),
-            out_shardings=(shardings.step, shardings.nonfinite),
+        step, nonfinite, scales = jax.jit(
+            lambda: (jnp.int32(0), jnp.int32(0), self.first_scales()),
+            out_shardings=(shardings.step, shardings.nonfinite, shardings.scales),
         )()
-        return TrainState(step, params, opt_state, nonfinite)
+        return TrainState(step, params, opt_state, nonfinite, scales)
+
+    def first_scales(self) -> tuple[jax.Array, ...]:
+        """Create the scales of a state that has made no step in fp8; empty without fp8."""
+        return (first_scales(self.config.num_layers),) if self.compute.fp8 else ()
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
-        """Make the train step for an update rule, without skipping of non-finite steps.
+        """Make the train step for an update rule; non-finite steps are not skipped.
 
         Args:
             rule: Update rule. In a float16 run, the state of the rule must be a `ScaledState`.
@@ -365,7 +379,7 @@ def build_program(
         platform, precision.dtype, model.head_dim, capability, regularisation.dropout
     )
     remat = hardware.gradient_checkpointing
-    unroll = _unrolls(platform, model.num_layers, remat)
+    unroll = unrolls(platform, model.num_layers, remat)
     host_moments = hardware.optimizer_memory == "host"
     if host_moments:
         check_offload(optimizer.optimizer, precision.dtype, platform)
@@ -382,14 +396,3 @@ def build_program(
         *(host_moments, schedule, lora, types),
     )
     return Built(program, attention, precision, mesh)
-
-
-def _unrolls(platform: str, num_layers: int, remat: str) -> bool:
-    """Whether to unroll the loop over the blocks, which is faster but takes longer to compile.
-
-    On GPUs, unrolling gains too little if activations are recomputed. On TPUs, the gain has not
-    been measured, and compiling takes several times as long.
-    """
-    if platform == "cpu":
-        return num_layers <= UNROLLED_LAYERS["cpu"]
-    return platform != "tpu" and remat == "none" and num_layers <= UNROLLED_LAYERS["gpu"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt
 
+from consyn_jax.model.fp8.quantisation import next_scales
 from consyn_jax.model.parameters import Params
 from consyn_jax.training.loss import LossSums
 from consyn_jax.training.preference.pair_loss import PairSums
@@ -22,12 +23,15 @@ class TrainState(NamedTuple):
     Attributes:
         nonfinite: Number of consecutive steps, up to the last one, whose loss or gradients were not
             finite (training/optim/skip_nonfinite.py).
+        scales: In fp8, the scales [L, arrays] of each block's 8-bit arrays, as a tuple of one
+            array; otherwise empty.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
     nonfinite: Int[Array, ""]
+    scales: tuple[Float[Array, "L arrays"], ...] = ()
 
 
 # input_ids, labels, segment_ids and loss_mask, each [A, B, T]: A micro-batches of B sequences.
@@ -36,9 +40,10 @@ BASE = "base"  # key of the frozen weights in the batches of a run that trains a
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Sums = LossSums | PairSums
-# Maps one micro-batch [B, T] to the objective, summed over its terms (tokens or pairs), and the
-# sums to report.
-Objective = Callable[[Params, Batch], tuple[Float[Array, ""], Sums]]
+# Maps parameters, one micro-batch [B, T] and, in fp8, the state's scales to the objective, summed
+# over its terms (tokens or pairs), and the sums to report. Its "gradient" of the scales is the
+# largest magnitude of each array (model/fp8/products.py).
+Objective = Callable[..., tuple[Float[Array, ""], Sums]]
 # Maps (summed gradients, factor, state, the step's metrics so far) to new parameters and optimizer
 # state. The gradients times the factor are clipped means. The update multiplies them where it reads
 # them, which saves writing them to memory once more.
@@ -69,30 +74,45 @@ def clip_factor(norm: Float[Array, ""], max_norm: Number) -> Float[Array, ""]:
     return jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
 
-def accumulate(objective: Objective, params: Params, batch: Batch) -> tuple[Any, Params]:
+def accumulate(
+    objective: Objective, params: Params, batch: Batch, scales: tuple[jax.Array, ...] = ()
+) -> tuple[Any, Params, tuple[jax.Array, ...]]:
     """Sum the loss and the gradients of the objective over micro-batches, one at a time.
 
     This needs memory for one set of gradients. The caller divides both sums by the total number of
     target tokens (or pairs), so that each token has the same weight, however padding is distributed
     over the micro-batches.
+
+    Returns:
+        The sums of the loss, those of the gradients, and the largest magnitudes in all
+        micro-batches, in the form of `scales`.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:
-        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, first)
-        return sums, gradients
+        arguments = 0, *range(2, 2 + len(scales))
+        differentiated = jax.value_and_grad(objective, arguments, has_aux=True)
+        (_, sums), (gradients, *largest) = differentiated(params, first, *scales)
+        return sums, gradients, tuple(largest)
     totals = jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
-    def micro(sums: Any, part: Batch) -> tuple[Any, None]:
+    def micro(carry: Any, part: Batch) -> tuple[Any, None]:
         pull: Any
-        value, pull, own = jax.vjp(lambda p: objective(p, part), params, has_aux=True)
-        # A layer's gradient is added to its total as soon as it is known.
-        pull.with_refs(totals)(jnp.ones_like(value))
-        return jax.tree.map(jnp.add, sums, own), None
+        value, pull, own = jax.vjp(
+            lambda p, *s: objective(p, part, *s), params, *scales, has_aux=True
+        )
+        # A layer's gradient is added to its total as soon as it is known. Scales are no
+        # references, so what belongs to them is returned.
+        found = pull.with_refs(totals, *scales)(jnp.ones_like(value))[1:]
+        sums, largest = carry
+        return (
+            jax.tree.map(jnp.add, sums, own),
+            jax.tree.map(jnp.maximum, largest, tuple(found)),
+        ), None
 
-    sums_like = jax.eval_shape(objective, params, first)[1]
-    sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like)
-    sums, _ = jax.lax.scan(micro, sums, batch)
-    return sums, jax.tree.map(jax.freeze, totals)
+    sums_like = jax.eval_shape(objective, params, first, *scales)[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (sums_like, scales))
+    (sums, largest), _ = jax.lax.scan(micro, zeros, batch)
+    return sums, jax.tree.map(jax.freeze, totals), largest
 
 
 def make_step(objective: Objective, update: Update, max_grad_norm: Number) -> Step:
@@ -106,7 +126,7 @@ def make_step(objective: Objective, update: Update, max_grad_norm: Number) -> St
     largest = max_grad_norm if is_used(max_grad_norm) else jnp.inf
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        sums, gradients = accumulate(objective, state.params, batch)
+        sums, gradients, magnitudes = accumulate(objective, state.params, batch, state.scales)
         terms = jnp.maximum(sums.terms, 1.0)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradients) / terms
@@ -118,7 +138,8 @@ def make_step(objective: Objective, update: Update, max_grad_norm: Number) -> St
             }
             factor = clip_factor(norm, max_grad_norm) / terms
             params, opt_state = update(gradients, factor, state, metrics)
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        scales = jax.tree.map(next_scales, state.scales, magnitudes)
+        return TrainState(state.step + 1, params, opt_state, state.nonfinite, scales), metrics
 
     return train_step
 

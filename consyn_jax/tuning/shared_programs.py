@@ -262,12 +262,13 @@ class TrialProgram(Program):
 
         def make(numbers: Numbers, params: Params) -> Any:
             zero = jnp.int32(0)
-            return with_numbers(self, run, numbers).rule.init(params), zero, zero
+            opt_state = with_numbers(self, run, numbers).rule.init(params)
+            return opt_state, zero, zero, self.first_scales()
 
-        parts = shardings.opt_state, shardings.step, shardings.nonfinite
+        parts = shardings.opt_state, shardings.step, shardings.nonfinite, shardings.scales
         compiled = shared.once("state", key, lambda: jax.jit(make, out_shardings=parts))
-        opt_state, step, nonfinite = compiled(numbers, params)
-        return TrainState(step, params, opt_state, nonfinite)
+        opt_state, step, nonfinite, scales = compiled(numbers, params)
+        return TrainState(step, params, opt_state, nonfinite, scales)
 
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
         """Return an object whose `compile()` returns the compiled evaluation.

@@ -125,7 +125,7 @@ def test_keys_that_are_not_read_are_counted_for_questions_alone(
     flags = ["--requests", written(tmp_path / "rows.jsonl", rows)]
     assert main([models[0], *flags, "--bootstrap", "0"]) == 0
     said = capsys.readouterr().out
-    assert said.count("keys that are not read") == 1
+    assert said.count("unread keys") == 1
     assert "unread keys, and the number of rows with each: id (2)" in said
     assert " and 1 more" in said
 

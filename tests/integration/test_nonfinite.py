@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from consyn_jax.cli.train import main
-from consyn_jax.model import transformer
+from consyn_jax.model import block_matmuls
 from consyn_jax.training.loop import Training
 from consyn_jax.training.step import TrainState
 
@@ -204,7 +204,7 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.where(jnp.max(jnp.abs(gate)) > 1e6, jnp.nan, 1.0) * dy * up, dy * gate
 
     function.defvjp(lambda gate, up: (function(gate, up), (gate, up)), backward)
-    monkeypatch.setattr(transformer, "swiglu", function)
+    monkeypatch.setattr(block_matmuls, "swiglu", function)
 
 
 @pytest.mark.slow

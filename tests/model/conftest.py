@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from jax.experimental import pallas
+from jax.experimental.pallas import triton
 
 from consyn_jax.model.kernels.document_attention import TILES, Tile, Tiles
 
@@ -19,5 +20,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled(*given, **named | {"interpret": True})
 
     monkeypatch.setattr(pallas, "pallas_call", interpreted_call)
+    # One program runs at a time, and as one thread.
+    monkeypatch.setattr(triton, "debug_barrier", lambda: None)
     for width in TILES:
         monkeypatch.setitem(TILES, width, SMALL)

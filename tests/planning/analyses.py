@@ -4,7 +4,7 @@ import collections
 import math
 import re
 
-from consyn_jax.distributed.compiled import BYTES, Instruction
+from consyn_jax.distributed.compiled import BYTES, Array, Instruction, kernel_name
 
 Shape = tuple[int, ...]
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -33,6 +33,17 @@ def matmul_flops(program: list[Instruction]) -> dict[tuple[str, str], int]:
     return dict(found)
 
 
+def dot_operands(program: list[Instruction]) -> list[Array]:
+    """Dtype and dimensions of both operands of each of XLA's own matmuls, once per execution."""
+    arrays = {instruction.name: instruction.arrays for instruction in program}
+    return [
+        arrays[name][0]
+        for instruction in program
+        if instruction.operation == "dot"
+        for name in instruction.operands[:2] * instruction.times
+    ]
+
+
 def with_length_twice(program: list[Instruction], prime: int) -> list[tuple[str, Shape]]:
     """Arrays with the sequence's length in two dimensions, whatever they were reshaped to.
 
@@ -55,3 +66,37 @@ def unordered(program: list[Instruction]) -> list[str]:
         if instruction.operation == "select-and-scatter"
         or (instruction.operation == "scatter" and "unique_indices=true" not in instruction.rest)
     ]
+
+
+def written_by_fusions(
+    program: list[Instruction], dtypes: tuple[str, ...], tokens: Shape
+) -> list[tuple[str, int]]:
+    """Dtype and elements for each token of the activations that XLA's own kernels write.
+
+    Args:
+        tokens: [B, T], with which activations begin or end, as one dimension or as two.
+    """
+    number, found = math.prod(tokens), []
+    for instruction in program:
+        if instruction.operation == "fusion":
+            for dtype, shape in instruction.arrays:
+                ends = {shape[:1], shape[-1:], shape[:2], shape[-2:]}
+                if dtype in dtypes and ends & {(number,), tokens}:
+                    found += [(dtype, math.prod(shape) // number)] * instruction.times
+    return found
+
+
+def bytes_of_kernels(program: list[Instruction], part: str) -> dict[str, int]:
+    """Bytes that our kernels whose name contains `part` read and write, by name."""
+
+    def size(instruction: Instruction) -> int:
+        return sum(BYTES[dtype] * math.prod(shape) for dtype, shape in instruction.arrays)
+
+    sizes = {instruction.name: size(instruction) for instruction in program}
+    found: collections.Counter[str] = collections.Counter()
+    for instruction in program:
+        name = kernel_name(instruction) or ""
+        if part in name:
+            moved = sizes[instruction.name] + sum(sizes[read] for read in instruction.operands)
+            found[name] += instruction.times * moved
+    return dict(found)

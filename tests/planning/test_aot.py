@@ -1,5 +1,6 @@
 """The shipped recipes, compiled for GPUs that are not here: kernels, arrays, memory, collectives."""
 
+import collections
 import json
 import math
 import subprocess
@@ -9,7 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from analyses import array_shapes, matmul_flops, with_length_twice
+from analyses import (
+    array_shapes,
+    bytes_of_kernels,
+    dot_operands,
+    matmul_flops,
+    with_length_twice,
+    written_by_fusions,
+)
 from recipes import attention_calls, compiled, compiled_instructions, recipe, run_apart
 
 from consyn_jax.config import RunConfig, architecture
@@ -187,6 +195,41 @@ def check_fp8_collectives(program: CompiledProgram, layers: int, blocks: int, he
     assert maxima <= 20 * layers
 
 
+def test_norm_and_swiglu_write_8_bits_themselves() -> None:
+    """No pass casts their results again, and they move the bytes that docs/design/fp8.md predicts.
+
+    XLA casts attention's output and the gradients that no kernel of fp8 writes.
+    """
+    changes = FP8 | {"batch_size": 2}
+    model, run = recipe("stanza-8xh200", changes)
+    program = compiled_instructions("stanza-8xh200", "h200:1x1", changes)
+    n, tokens = model.num_layers, 2 * run.length
+    D, F, kv = model.hidden_dim, model.mlp_dim, model.num_kv_heads * model.head_dim
+    casts = written_by_fusions(program, ("f8e4m3fn", "f8e5m2"), (2, run.length))
+    assert collections.Counter(casts) == {
+        ("f8e4m3fn", D): n,  # the input of o
+        ("f8e5m2", D): 3 * n,  # the gradients of q, o and down
+        ("f8e5m2", kv): 2 * n,  # those of k and v
+    }
+    bf16, fp8 = 2, 1
+    assert bytes_of_kernels(program, "eight_bit") == pytest.approx(
+        {
+            "eight_bit_norm": n * tokens * D * (bf16 + 2 * fp8),
+            "added_eight_bit_norm": n * tokens * D * (3 * bf16 + 2 * fp8),
+            "eight_bit_swiglu_forward": n * tokens * F * (2 * bf16 + 2 * fp8),
+            "eight_bit_swiglu_backward": n * tokens * F * (3 * bf16 + 4 * fp8),
+        },
+        rel=1e-3,
+    )
+    assert not bytes_of_kernels(program, "norm_forward")  # those that write bf16
+    # Where the sum is over tokens, both operands of the kernels come with the tokens last.
+    ends = collections.Counter(
+        operand for operand in dot_operands(program) if math.prod(operand[1]) == tokens * F
+    )
+    assert ends["f8e5m2", (F, tokens)] == 2 * n
+    assert ends["f8e4m3fn", (F, tokens)] == n
+
+
 def test_verse_trains_in_8_gb() -> None:
     program = compiled(
         "verse-1xh200", "rtx4090:1x1", {"batch_size": 4, "gradient_accumulation_steps": 64}
@@ -341,7 +384,7 @@ def test_the_recipe_that_fit_finds_fits_as_compiled() -> None:
 CUBLAS = """
 import json
 import jax, jax.numpy as jnp
-from consyn_jax.model.fp8 import fp8_linear
+from consyn_jax.model.fp8.products import fp8_linear
 from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.planning.topology import parse_topology
 

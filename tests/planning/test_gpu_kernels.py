@@ -22,6 +22,13 @@ OURS = {
     "norm_rope_backward": 2,
     "softmax_gradient": None,
 }
+IN_FP8 = {
+    "eight_bit_norm": 1,
+    "added_eight_bit_norm": 1,
+    "eight_bit_swiglu_forward": 1,
+    "eight_bit_swiglu_backward": 1,
+    "branched_norm_backward": 2,
+}
 # Bytes that a kernel spills all the same.
 SPILLED = {
     (VERSE, "a100", "document_attention_keys"): 4,
@@ -70,3 +77,27 @@ def test_the_step_runs_this_packages_kernels_and_none_spills(
         assert spilled <= most, (kernel, spilled)
         assert stack <= 2 * most, (kernel, stack)
         assert registers <= 255
+
+
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        "h200",
+        *(
+            pytest.param(gpu, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for gpu in ("b200", "rtx4090", "l40s")
+        ),
+    ],
+)
+def test_the_kernels_of_fp8_write_both_layouts_without_spilling(gpu: str, tmp_path: Path) -> None:
+    """They store 16 bytes at once, in the transposed layout, too."""
+    program, _, ptx = dumped(STANZA, gpu, "fp8")
+    for kernel, times in IN_FP8.items():
+        assert program.kernels[kernel] == times, kernel
+        stack, spilled, registers = resources(ptx[kernel], tmp_path)
+        assert (stack, spilled) == (0, 0), kernel
+        assert registers <= 255
+        if kernel.startswith(("eight", "added")):
+            code = ptx[kernel].partition(f".entry {kernel}(")[2]
+            stores = re.findall(r"st\.global\.(\S+)", code)
+            assert set(stores) == {"v4.b32", "b32"}  # arrays, and a maximum

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,7 @@ def gradients(
     parts = {
         name: jnp.asarray(values.reshape(accumulation, -1, T)) for name, values in batch.items()
     }
-    return jax.jit(lambda p, b: accumulate(program.objective, p, b))(params, parts)
+    return jax.jit(lambda p, b: accumulate(program.objective, p, b)[:2])(params, parts)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def squares(params: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
 
 
 def one_step(
-    labels: list[int], mask: list[bool], max_grad_norm: float
+    labels: list[float], mask: list[bool], max_grad_norm: float
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     optimizer = optax.sgd(0.1)
     params = {"x": jnp.float32(2.0)}
@@ -146,6 +148,17 @@ def test_the_norm_is_reported_before_clipping() -> None:
     state, metrics = one_step([0, 0, 0, 0], [True] * 4, 0.5)
     assert (float(metrics["grad_norm"]), float(metrics["clipped"])) == (pytest.approx(2.0), 1)
     assert float(state.params["x"]) == pytest.approx(2.0 - 0.1 * 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "limit"),
+    [([0, 0, 0, 0], 2.0), ([0, 0, 0, 0], 3.0), ([0, 0, 0, -math.inf], 0.0)],
+    ids=["at the limit", "below it", "infinite, without a limit"],
+)
+def test_gradients_that_are_not_scaled_do_not_count_as_clipped(
+    labels: list[float], limit: float
+) -> None:
+    assert float(one_step(labels, [True] * 4, limit)[1]["clipped"]) == 0
 
 
 def test_a_batch_without_tokens_changes_nothing() -> None:

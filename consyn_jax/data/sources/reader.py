@@ -61,7 +61,8 @@ class Block:
         end: position at which reading can resume after the block. It is None inside a long document
             of a file with separators, where reading cannot resume.
         file_bytes: number of bytes of the source's file read so far, for progress.
-        begins, last: whether a part is the first, and whether it is the last part of its document.
+        begins: whether a part is the first of its document.
+        last: whether a part is the last of its document.
         split: the split of the documents; None if a hash of their text decides.
         numbers: number of each row in the source, if rows are not lines of a file.
         unread: columns of a table that were not read, because no option needs them.

@@ -46,16 +46,38 @@ def branched_norm(
         uses: Number of matmuls that read the norm.
         added_BTD: A branch that is added to x first, rounded to the dtype of x.
     """
-    sizes = mesh_sizes()
-    splits_readers = math.prod(sizes.values()) > math.prod(
-        sizes[axis] for axis in split_axes(sizes, "batch", "sequence")
-    )
+    splits_readers = _splits_readers()
     kernel_uses = 1 if splits_readers else uses
     if added_BTD is None:
         x, *normed = _branched_norm(x_BTD, scale_D, eps, kernel_uses)
     else:
         x, *normed = _added_norm(x_BTD, added_BTD, scale_D, eps, kernel_uses)
     return x, *(normed * uses if splits_readers else normed)
+
+
+def _splits_readers() -> bool:
+    """Whether the matmuls that read the norm are split over devices, which sum its gradients."""
+    sizes = mesh_sizes()
+    tokens = (sizes[axis] for axis in split_axes(sizes, "batch", "sequence"))
+    return math.prod(sizes.values()) > math.prod(tokens)
+
+
+def branched_norm_gradients(
+    x_BTD: Float[Array, "B T D"],
+    scale_D: Float[Array, " D"],
+    eps: float,
+    dx_BTD: Float[Array, "B T D"],
+    dnormed: tuple[Float[Array, "B T D"], ...],
+) -> tuple[Float[Array, "B T D"], Float[Array, " D"]]:
+    """Gradients of the stream and of the norm's scale; the reference is `norm_gradients`.
+
+    Args:
+        dx_BTD: Gradient of the stream from its other readers.
+        dnormed: Gradient of the norm from each matmul that reads it.
+    """
+    if _splits_readers():
+        dnormed = (sum(dnormed[1:], dnormed[0]),)
+    return _backward(eps, len(dnormed), (x_BTD, scale_D), (dx_BTD, *dnormed))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

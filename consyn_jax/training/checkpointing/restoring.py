@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath  # type: ignore[import-untyped]
 
 from consyn_jax.errors import UserError
+from consyn_jax.model.fp8.quantisation import first_scales
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage
 from consyn_jax.training.checkpointing.commit import RECORD
 from consyn_jax.training.step import TrainState
@@ -38,6 +41,10 @@ def read_record(place: Path) -> dict[str, Any]:
 def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
     """Read the arrays of a checkpoint.
 
+    The scales of fp8 are the only part that may be on one side only. A checkpoint from before fp8
+    had scales, or of another precision, gets those of a new run, which a step replaces. Scales that
+    `like` does not have are left out.
+
     Args:
         handler: Orbax's checkpoint handler.
         like: Shapes, dtypes and shardings of the state to return; the mesh may differ from that of
@@ -50,9 +57,31 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
     import orbax.checkpoint as ocp
 
     state = epath.Path(place / STATE)
-    check_model(place, array_types(handler.metadata(state).tree), array_types(like))
-    restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-    return handler.restore(state, args=ocp.args.PyTreeRestore(item=like, restore_args=restore_args))
+    saved = handler.metadata(state).tree
+    stored = like._replace(scales=_stored_scales(saved.get("scales") or (), like))
+    check_model(place, array_types(saved), array_types(stored))
+    restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
+    # Partial, because checkpoints from before fp8 had scales do not even name the field.
+    arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore=not stored.scales)
+    found: TrainState = handler.restore(state, args=arguments)
+    if len(stored.scales) == len(like.scales):
+        return found
+    return found._replace(scales=_new_scales(like) if like.scales else ())
+
+
+def _stored_scales(saved: Any, like: TrainState) -> tuple[Any, ...]:
+    """Describe the scales in a checkpoint, as `like` does if it has scales."""
+    if saved and like.scales:
+        return like.scales
+    return tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.step.sharding) for leaf in saved
+    )
+
+
+def _new_scales(like: TrainState) -> tuple[jax.Array, ...]:
+    (scales,) = like.scales
+    make = jax.jit(partial(first_scales, scales.shape[0]), out_shardings=scales.sharding)
+    return (make(),)
 
 
 def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:

@@ -94,9 +94,7 @@ def lower_step_statistics(
         base = arrays.pop(BASE, None)
         if program.draws:
             arrays["dropout_key"] = dropout_keys(program.seed, state.step, accumulation)
-        activations, sequences = jax.lax.map(
-            partial(_activations, program, state.params, base), arrays
-        )
+        activations, sequences = jax.lax.map(partial(_activations, program, state, base), arrays)
         return StepStatistics(
             metrics["loss"],
             metrics["grad_norm"],
@@ -140,7 +138,7 @@ def _finite_by_device(program: Program, params: Params) -> Bool[Array, " devices
 
 
 def _activations(
-    program: Program, params: Params, base: Any, batch: Batch
+    program: Program, state: TrainState, base: Any, batch: Batch
 ) -> tuple[dict[str, Statistics], Bool[Array, " B"]]:
     """Compute statistics of the activations of a micro-batch.
 
@@ -149,11 +147,12 @@ def _activations(
         state.
     """
     rate = program.regularisation.dropout
-    whole = program.whole(params, base, batch.get("dropout_key"))
+    whole = program.whole(state.params, base, batch.get("dropout_key"))
     model: Decoder = nnx.merge(program.layout.graphdef, whole)
     dropout = Dropout(batch["dropout_key"], rate) if rate else None
     x_BTD, parts = model.traced(
-        batch["input_ids"], batch["segment_ids"], program.compute, dropout, statistics
+        *(batch["input_ids"], batch["segment_ids"], program.compute, dropout, statistics),
+        *state.scales,
     )
     parts |= {
         "final norm": statistics(x_BTD),

@@ -21,7 +21,8 @@ COLLECTIVES, MATMULS, OTHER = "collectives", "matmuls", "other"
 KERNELS = {
     "document_attention": "attention",
     "softmax_gradient": "head",
-    "norm_rope|branched_norm|added_norm": "norm",
+    "norm_rope|branched_norm|added_norm|eight_bit_norm": "norm",
+    "eight_bit_swiglu": "mlp",
     "^nvjet|gemm|cutlass|cublas": MATMULS,
 }
 COMMAND_BUFFER = "command_buffer"

@@ -52,8 +52,8 @@ def skip_nonfinite(step: Step, limit: int, keeps_state: bool = False) -> Step:
         in_a_row = jnp.where(finite, 0, jnp.maximum(state.nonfinite, 0) + 1)
         halted = (state.nonfinite == HALTED) | (in_a_row >= limit)
         params, opt_state = after.params, after.opt_state
+        taken = finite & ~halted
         if not keeps_state:
-            taken = finite & ~halted
             params = _where(taken, params, state.params)
             opt_state = _where(taken, opt_state, state.opt_state)
         kept = TrainState(
@@ -61,6 +61,7 @@ def skip_nonfinite(step: Step, limit: int, keeps_state: bool = False) -> Step:
             params,
             opt_state,
             jnp.where(halted, HALTED, in_a_row),
+            _where(taken, after.scales, state.scales),
         )
         clipped = jnp.where(finite, metrics["clipped"], 0.0)
         return kept, metrics | {"nonfinite": in_a_row, "clipped": clipped}

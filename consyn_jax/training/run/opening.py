@@ -55,8 +55,7 @@ def open_run_directory(
         fetch: Called with the directory under its lock; it may copy a run into the directory.
 
     Raises:
-        UserError: The directory has another run, is in use, cannot be written, or differs between
-            processes.
+        UserError: The directory has another run, is in use, is not writable, or is not shared.
     """
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:

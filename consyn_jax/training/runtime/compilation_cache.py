@@ -36,8 +36,7 @@ LIMIT_BYTES, LIMIT_ENTRIES = 2 << 30, 10_000
 TIDY_EVERY_S = 24 * 3600
 SETTLED_S = 600  # an entry this old is no longer being written
 STAMP = ".tidied"
-# Programs of any compile time and any size (-1) are cached, because a start has dozens of
-# small ones.
+# Programs of any compile time and any size (-1) are cached: a start has dozens of small ones.
 SETTINGS: Mapping[str, float] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -26,7 +26,7 @@ class LanesProgram(Protocol):
     """A program that runs for all lanes at once.
 
     Attributes:
-        waits: whether this program runs after all called programs whose `waits` is False.
+        waits: whether called programs whose `waits` is False run before this program.
     """
 
     waits: bool

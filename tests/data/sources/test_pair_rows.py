@@ -95,7 +95,7 @@ def test_tools_and_variables_come_along() -> None:
         ),
         (
             {"prompt": [user("a")], "chosen": [user("b")], "rejected": [told("b")]},
-            "holds no answer of the role 'assistant' under 'chosen'",
+            "holds no message of the role 'assistant' after the prompt in 'chosen'",
         ),
         (
             {"prompt": [user("a")], "chosen": [told("b") | {"weight": 0}], "rejected": "c"},

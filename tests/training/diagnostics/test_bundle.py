@@ -92,7 +92,9 @@ def test_links_and_pipes_in_a_bundle_are_named(
     shutil.copytree(bundle, copy)
     (copy / name).rename(tmp_path / "moved")
     (copy / name).symlink_to(tmp_path / "moved") if kind == "link" else os.mkfifo(copy / name)
-    with pytest.raises(UserError, match=f"as {copy / name} is a {kind}. Put the file itself there"):
+    with pytest.raises(
+        UserError, match=f"read: {copy / name} is a {kind}. Put the file itself there"
+    ):
         read_bundle(copy)
 
 

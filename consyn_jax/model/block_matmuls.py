@@ -1,0 +1,136 @@
+"""The matmuls of a block, with the norms in front of them, in 16 or 32 bits and in 8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from consyn_jax.distributed.mesh import constrain, mesh_sizes
+from consyn_jax.model.fp8.operands import REFERENCE, Writers
+from consyn_jax.model.fp8.products import How, fp8_linear, fp8_normed_mlp, fp8_normed_qkv
+from consyn_jax.model.fp8.quantisation import Scales
+from consyn_jax.model.linear import MlpWeights, add_bias, linear, linear_pair
+from consyn_jax.model.matrices.frozen_matrix import over_frozen
+from consyn_jax.model.norms import NORMS, Norms
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+Pair = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Stream = Float[Array, "B T D"]
+
+
+@dataclass(frozen=True)
+class Matmuls:
+    """The matmuls of a block in the dtype of the activations.
+
+    Attributes:
+        product: Matmul function, such as `linear`.
+        norms: The norm functions, from `attention.Backend.norms`.
+        pair: `linear_pair` if two matmuls with trained matrices are faster as one, else None.
+    """
+
+    product: Product = linear
+    norms: Norms = NORMS
+    pair: Pair | None = None
+
+    def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
+        """Return the product of attention's output with the matrix `o`."""
+        return self.product(x_BTD, w)
+
+    def normed_qkv(
+        self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
+    ) -> tuple[Stream, tuple[jax.Array, ...]]:
+        """Return x, and the products of its norm with the matrices of q, k and v."""
+        x_BTD, *branches = self.norms.branch(x_BTD, scale_D, eps, len(weights))
+        return x_BTD, tuple(self.product(x, w) for x, w in zip(branches, weights, strict=True))
+
+    def normed_mlp(
+        self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
+    ) -> tuple[Stream, Stream]:
+        """Return x + added, and the output of SwiGLU on its norm, without the output's bias."""
+        pair = self.pair if isinstance(mlp.gate, jax.Array) else None
+        uses = 2 if pair is None else 1
+        x_BTD, *branches = self.norms.branch(x_BTD, mlp.norm, eps, uses, added_BTD)
+        has_biases = mlp.gate_bias is not None and mlp.up_bias is not None
+        if pair is None:
+            gate_BTF = self.product(branches[0], mlp.gate)
+            up_BTF = self.product(branches[1], mlp.up)
+            if has_biases:
+                gate_BTF, up_BTF = add_bias(gate_BTF, mlp.gate_bias), add_bias(up_BTF, mlp.up_bias)
+            hidden_BTF = swiglu(gate_BTF, up_BTF)
+        else:
+            both_BT2F = pair(branches[0], mlp.gate, mlp.up)
+            if has_biases:
+                both_BT2F = add_bias(both_BT2F, jnp.stack([mlp.gate_bias, mlp.up_bias]))
+            hidden_BTF = swiglu_of_pair(both_BT2F)
+        return x_BTD, self.product(constrain(hidden_BTF, "batch", "sequence", "mlp"), mlp.down)
+
+
+@dataclass(frozen=True)
+class EightBitMatmuls(Matmuls):
+    """The matmuls of a block in 8-bit floats.
+
+    Attributes:
+        scales: Scales of the block; None for scales that are computed from the arrays themselves.
+        recast: Whether the backward pass casts float32 weights again, as in `linear`.
+        writers: Functions that write 8-bit operands, given their scales.
+    """
+
+    scales: Scales | None = None
+    recast: bool = False
+    writers: Writers = REFERENCE
+
+    def _how(self, eps: float = 0.0) -> How:
+        return How(self.recast, eps, REFERENCE if self.scales is None else self.writers)
+
+    def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
+        """Return the product of attention's output with the matrix `o`."""
+        return fp8_linear(x_BTD, w, self.scales, how=self._how())
+
+    def normed_qkv(
+        self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
+    ) -> tuple[Stream, tuple[jax.Array, ...]]:
+        """Return x, and the products of its norm with the matrices of q, k and v."""
+        return fp8_normed_qkv(x_BTD, scale_D, weights, self.scales, self._how(eps))
+
+    def normed_mlp(
+        self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
+    ) -> tuple[Stream, Stream]:
+        """Return x + added, and the output of SwiGLU on its norm, without the output's bias."""
+        return fp8_normed_mlp(x_BTD, added_BTD, mlp, self.scales, self._how(eps))
+
+
+def matmuls_of(
+    fp8: bool, recast: bool, norms: Norms, writers: Callable[[], Writers]
+) -> Callable[[Scales | None], Matmuls]:
+    """Return a function from a block's scales, which only fp8 has, to its matmuls.
+
+    Two matmuls that read the same norm are computed as one where `norms` say that it is faster. In
+    fp8 they stay separate, because each matrix has its own scale. They also stay separate if fsdp
+    shards weights, because a single matrix's gradient is ready for its collective sooner.
+    """
+    if fp8:
+        return lambda scales: EightBitMatmuls(
+            norms=norms, scales=scales, recast=recast, writers=writers()
+        )
+    merges = norms.merges and mesh_sizes()["fsdp"] == 1
+    pair = partial(linear_pair, recast=recast) if merges else None
+    plain = Matmuls(over_frozen(partial(linear, recast=recast)), norms, pair)
+    return lambda scales: plain
+
+
+@jax.checkpoint
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """Compute silu(gate) * up (Shazeer, 2020); only `gate` and `up` are saved for backward."""
+    return jax.nn.silu(gate) * up
+
+
+@jax.checkpoint
+def swiglu_of_pair(both: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
+    """Compute `swiglu` of `gate` and `up` that are stacked in one array."""
+    return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]

@@ -1,0 +1,96 @@
+"""Writers of the 8-bit operands of matmuls: norm and SwiGLU, and their backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from consyn_jax.model.fp8.quantisation import FORWARD, GRADIENT, Quantised, Scale, quantise
+from consyn_jax.model.norms import rms_norm
+
+Largest = Float[Array, ""]
+
+
+def norm_in_8_bits(
+    x_BTD: Float[Array, "B T D"],
+    scale_D: Float[Array, " D"],
+    eps: float,
+    scale: Scale | None,
+    added_BTD: Float[Array, "B T D"] | None = None,
+) -> tuple[Float[Array, "B T D"], Quantised, Largest]:
+    """Return x + added, its RMS norm in e4m3, and the largest magnitude in the norm.
+
+    The norm is rounded once.
+    """
+    if added_BTD is not None:
+        x_BTD = x_BTD + added_BTD
+    return x_BTD, *quantise(rms_norm(x_BTD.astype(jnp.float32), scale_D, eps), FORWARD, scale)
+
+
+def norm_gradients(
+    x_BTD: Float[Array, "B T D"],
+    scale_D: Float[Array, " D"],
+    eps: float,
+    dx_BTD: Float[Array, "B T D"],
+    dnormed: tuple[Float[Array, "B T D"], ...],
+) -> tuple[Float[Array, "B T D"], Float[Array, " D"]]:
+    """Gradients of the normed stream and of the norm's scale.
+
+    Args:
+        dx_BTD: Gradient of the stream from its other readers.
+        dnormed: Gradient of the norm from each matmul that reads it.
+    """
+    dy_BTD = sum(dy.astype(jnp.float32) for dy in dnormed)
+    pull = jax.vjp(lambda x, s: rms_norm(x, s, eps), x_BTD.astype(jnp.float32), scale_D)[1]
+    own_BTD, dscale_D = pull(dy_BTD)
+    return (dx_BTD.astype(jnp.float32) + own_BTD).astype(x_BTD.dtype), dscale_D
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return jax.nn.silu(gate) * up
+
+
+def swiglu_in_8_bits(
+    gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"], scale: Scale | None
+) -> tuple[Quantised, Largest]:
+    """Return silu(gate) * up in e4m3, and its largest magnitude; it is rounded once."""
+    return quantise(_swiglu(gate_BTF, up_BTF), FORWARD, scale)
+
+
+def swiglu_gradients(
+    gate_BTF: Float[Array, "B T F"],
+    up_BTF: Float[Array, "B T F"],
+    dhidden_BTF: Float[Array, "B T F"],
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    """Gradients of `gate` and `up` in float32."""
+    pull = jax.vjp(_swiglu, gate_BTF.astype(jnp.float32), up_BTF.astype(jnp.float32))[1]
+    dgate_BTF, dup_BTF = pull(dhidden_BTF.astype(jnp.float32))
+    return dgate_BTF, dup_BTF
+
+
+def swiglu_gradients_in_8_bits(
+    gate_BTF: Float[Array, "B T F"],
+    up_BTF: Float[Array, "B T F"],
+    dhidden_BTF: Float[Array, "B T F"],
+    scales: tuple[Scale | None, Scale | None],
+) -> tuple[tuple[Quantised, Largest], tuple[Quantised, Largest]]:
+    """Return the gradients of `gate` and of `up` in e5m2, each with its largest magnitude."""
+    dgate_BTF, dup_BTF = swiglu_gradients(gate_BTF, up_BTF, dhidden_BTF)
+    return quantise(dgate_BTF, GRADIENT, scales[0]), quantise(dup_BTF, GRADIENT, scales[1])
+
+
+class Writers(NamedTuple):
+    """The functions that write 8-bit operands; by default, the references of the kernels."""
+
+    norm: Callable[..., tuple[jax.Array, Quantised, jax.Array]] = norm_in_8_bits
+    norm_gradients: Callable[..., tuple[jax.Array, jax.Array]] = norm_gradients
+    swiglu: Callable[..., tuple[Quantised, jax.Array]] = swiglu_in_8_bits
+    swiglu_gradients: Callable[..., Any] = swiglu_gradients_in_8_bits
+
+
+REFERENCE = Writers()

@@ -1,0 +1,235 @@
+"""The matmuls of a block in 8-bit floats, each with a backward pass written by hand.
+
+A matmul is differentiated together with what writes its operands, because an 8-bit array cannot
+carry a gradient of another dtype. Every function takes the scales of the block and returns, as the
+"gradient" of the scales, the largest magnitudes of the arrays that it quantised: those of
+gradients are known only in the backward pass.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from consyn_jax.distributed.mesh import constrain
+from consyn_jax.model.fp8.operands import REFERENCE, Writers, swiglu_gradients
+from consyn_jax.model.fp8.quantisation import (
+    FORWARD,
+    GRADIENT,
+    Quantised,
+    Scales,
+    in_order,
+    narrowed,
+    quantise,
+    scale_in,
+    scale_of,
+)
+from consyn_jax.model.linear import MlpWeights, add_bias
+
+
+class How(NamedTuple):
+    """Constants of the matmuls.
+
+    Attributes:
+        recast: Whether the backward pass casts float32 weights again, as in `linear`.
+        eps: Of the norm.
+        writers: Functions that write 8-bit operands.
+    """
+
+    recast: bool = False
+    eps: float = 1e-5
+    writers: Writers = REFERENCE
+
+
+PLAIN_CASTS = How()
+# --------------------------------------------------------------------------------------- one matmul
+
+
+class _Weight(NamedTuple):
+    """A matrix for the backward pass: in 8 bits, or in float32 to be cast again."""
+
+    matrix: jax.Array
+    scale: jax.Array
+
+
+def _scaled_dot(
+    a: jax.Array, b: jax.Array, axes: Any, scale: Float[Array, ""], dtype: Any
+) -> jax.Array:
+    """Multiply the 8-bit values, then apply both scales, so that XLA always uses 8-bit kernels."""
+    product = jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
+    return product * scale.astype(dtype)
+
+
+def _times(
+    x8: Quantised, w: Float[Array, "..."], dtype: Any, recast: bool
+) -> tuple[jax.Array, _Weight]:
+    """Return x @ w, and what the backward pass needs of the weight."""
+    matrix = w.reshape(x8.values.shape[-1], -1)
+    scale = scale_of(matrix, FORWARD)
+    w8 = narrowed(matrix, 1 / scale, FORWARD)
+    axes = (x8.values.ndim - 1,), (0,)
+    y = _scaled_dot(x8.values, w8, axes, x8.scale * scale, dtype)
+    return y, _Weight(w if recast else w8, scale)
+
+
+def _input_gradient(dy8: Quantised, kept: _Weight, dtype: Any) -> jax.Array:
+    w8 = kept.matrix
+    if w8.dtype != FORWARD:
+        w8 = narrowed(w8.reshape(-1, dy8.values.shape[-1]), 1 / kept.scale, FORWARD)
+    axes = (dy8.values.ndim - 1,), (1,)
+    return _scaled_dot(dy8.values, w8, axes, dy8.scale * kept.scale, dtype)
+
+
+def _weight_gradient(
+    x8T: jax.Array, x_scale: jax.Array, dy8: Quantised, shape: tuple[int, ...]
+) -> jax.Array:
+    rows = tuple(range(1, x8T.ndim))
+    scale = x_scale * dy8.scale
+    dw = _scaled_dot(x8T, dy8.transposed, (rows, rows), scale, jnp.float32)
+    return dw.reshape(shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def fp8_linear(
+    x: Float[Array, "*B D"],
+    w: Float[Array, "..."],
+    scales: Scales | None = None,
+    x_name: str = "o_input",
+    y_name: str = "o",
+    how: How = PLAIN_CASTS,
+) -> Float[Array, "*B F"]:
+    """`linear` in 8-bit floats: `x` and `w` in e4m3, the gradient of the output in e5m2.
+
+    Each of these arrays is quantised once. `x` is saved in 8 bits for the backward pass.
+
+    Args:
+        w: [D, F], where D or F may stand for several dimensions, as for heads.
+        scales: Scales of the block; None for scales computed from the arrays themselves.
+        x_name: The name of `x` in `ARRAYS`.
+        y_name: The name of the output, whose gradient is quantised.
+    """
+    return _linear_forward(x, w, scales, x_name, y_name, how)[0]
+
+
+def _linear_forward(x: Any, w: Any, scales: Any, x_name: str, y_name: str, how: How) -> Any:
+    x8, largest = quantise(x, FORWARD, scale_in(scales, x_name))
+    y, kept = _times(x8, w, x.dtype, how.recast)
+    like = jax.ShapeDtypeStruct(w.shape, w.dtype)
+    return y, (x8.transposed, x8.scale, largest, kept, like, scales)
+
+
+def _linear_backward(x_name: str, y_name: str, how: How, saved: Any, dy: jax.Array) -> Any:
+    x8T, x_scale, largest, kept, like, scales = saved
+    dy8, dy_largest = quantise(dy, GRADIENT, scale_in(scales, y_name))
+    dx = _input_gradient(dy8, kept, dy.dtype)
+    dw = _weight_gradient(x8T, x_scale, dy8, like.shape)
+    return dx, dw, in_order(scales, {x_name: largest, y_name: dy_largest})
+
+
+fp8_linear.defvjp(_linear_forward, _linear_backward)
+
+
+# --------------------------------------------------------------------------- a norm and its matmuls
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def fp8_normed_qkv(
+    x_BTD: Float[Array, "B T D"],
+    scale_D: Float[Array, " D"],
+    weights: tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]],
+    scales: Scales | None,
+    how: How,
+) -> tuple[Float[Array, "B T D"], tuple[Array, Array, Array]]:
+    """Return x and the products of its RMS norm with the weights of q, k and v."""
+    return _qkv_forward(x_BTD, scale_D, weights, scales, how)[0]
+
+
+def _qkv_forward(x: Any, scale_D: Any, weights: Any, scales: Any, how: How) -> Any:
+    x, x8, largest = how.writers.norm(x, scale_D, how.eps, scale_in(scales, "attention_input"))
+    made = [_times(x8, w, x.dtype, how.recast) for w in weights]
+    ys, kept = zip(*made, strict=True)
+    likes = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights)
+    saved = (x, scale_D, x8.transposed, x8.scale, largest, kept, likes, scales)
+    return (x, ys), saved
+
+
+def _qkv_backward(how: How, saved: Any, gradients: Any) -> Any:
+    x, scale_D, x8T, x_scale, largest, kept, likes, scales = saved
+    dx, dys = gradients
+    found, dweights, dnormed = {"attention_input": largest}, [], []
+    for name, dy, own, like in zip(("q", "k", "v"), dys, kept, likes, strict=True):
+        dy8, found[name] = quantise(dy, GRADIENT, scale_in(scales, name))
+        dnormed.append(_input_gradient(dy8, own, dy.dtype))
+        dweights.append(_weight_gradient(x8T, x_scale, dy8, like.shape))
+    dx, dscale_D = how.writers.norm_gradients(x, scale_D, how.eps, dx, tuple(dnormed))
+    return dx, dscale_D, tuple(dweights), in_order(scales, found)
+
+
+fp8_normed_qkv.defvjp(_qkv_forward, _qkv_backward)
+
+
+# ------------------------------------------------------------------------------------------ the MLP
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def fp8_normed_mlp(
+    x_BTD: Float[Array, "B T D"],
+    added_BTD: Float[Array, "B T D"],
+    mlp: MlpWeights,
+    scales: Scales | None,
+    how: How,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Return x + added, and the output of SwiGLU on its RMS norm, without the output's bias."""
+    return _mlp_forward(x_BTD, added_BTD, mlp, scales, how)[0]
+
+
+def _mlp_forward(x: Any, added: Any, mlp: MlpWeights, scales: Any, how: How) -> Any:
+    writers, dtype = how.writers, x.dtype
+    x, x8, x_largest = writers.norm(x, mlp.norm, how.eps, scale_in(scales, "mlp_input"), added)
+    gate, gate_kept = _times(x8, mlp.gate, dtype, how.recast)
+    up, up_kept = _times(x8, mlp.up, dtype, how.recast)
+    if mlp.gate_bias is not None and mlp.up_bias is not None:
+        gate, up = add_bias(gate, mlp.gate_bias), add_bias(up, mlp.up_bias)
+    hidden8, largest = writers.swiglu(gate, up, scale_in(scales, "down_input"))
+    values = constrain(hidden8.values, "batch", "sequence", "mlp")
+    out, down_kept = _times(hidden8._replace(values=values), mlp.down, dtype, how.recast)
+    found = {"mlp_input": x_largest, "down_input": largest}
+    likes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), mlp)
+    kept = gate_kept, up_kept, down_kept
+    operands = x8.transposed, x8.scale, hidden8.transposed, hidden8.scale
+    return (x, out), (x, mlp.norm, operands, gate, up, kept, likes, scales, found)
+
+
+def _mlp_backward(how: How, saved: Any, gradients: Any) -> Any:
+    x, norm, (x8T, x_scale, hidden8T, hidden_scale), gate, up, kept, likes, scales, found = saved
+    gate_kept, up_kept, down_kept = kept
+    dx, dout = gradients
+    dout8, largest = quantise(dout, GRADIENT, scale_in(scales, "down"))
+    ddown = _weight_gradient(hidden8T, hidden_scale, dout8, likes.down.shape)
+    dhidden = _input_gradient(dout8, down_kept, dout.dtype)
+    own = scale_in(scales, "gate"), scale_in(scales, "up")
+    (dgate8, dgate_largest), (dup8, dup_largest) = how.writers.swiglu_gradients(
+        gate, up, dhidden, own
+    )
+    biases: tuple[Any, ...] = (None, None)
+    if likes.gate_bias is not None:
+        exact = swiglu_gradients(gate, up, dhidden)
+        biases = tuple(jnp.sum(dy, axis=(0, 1)) for dy in exact)
+    dnormed = (
+        _input_gradient(dgate8, gate_kept, x.dtype),
+        _input_gradient(dup8, up_kept, x.dtype),
+    )
+    dgate, dup = (
+        _weight_gradient(x8T, x_scale, dy8, like.shape)
+        for dy8, like in ((dgate8, likes.gate), (dup8, likes.up))
+    )
+    dx, dnorm = how.writers.norm_gradients(x, norm, how.eps, dx, dnormed)
+    found |= {"down": largest, "gate": dgate_largest, "up": dup_largest}
+    return dx, dx, MlpWeights(dnorm, dgate, dup, ddown, *biases), in_order(scales, found)
+
+
+fp8_normed_mlp.defvjp(_mlp_forward, _mlp_backward)

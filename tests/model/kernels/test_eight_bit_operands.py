@@ -1,0 +1,117 @@
+"""The kernels that write 8-bit operands, interpreted, against their references."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
+from consyn_jax.model.fp8.operands import (
+    norm_gradients,
+    norm_in_8_bits,
+    swiglu_gradients_in_8_bits,
+    swiglu_in_8_bits,
+)
+from consyn_jax.model.kernels.branched_norm import branched_norm_gradients
+from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
+from consyn_jax.model.kernels.eight_bit_swiglu import eight_bit_swiglu, eight_bit_swiglu_gradients
+
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+EPS = 1e-5
+
+
+def numbers(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def check_equal(found: Any, expected: Any) -> None:
+    """Equal but for the rounding of float32: a few elements are the next 8-bit number.
+
+    The compiler options of tests let CPUs approximate an inverse square root to 2^-12.
+    """
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        got, want = (np.asarray(a, np.float32).ravel() for a in (got, want))
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+        got, want = np.nan_to_num(got), np.nan_to_num(want)
+        assert np.mean(got != want) <= (0.01 if got.size > 1 else 1)
+        np.testing.assert_allclose(got, want, rtol=0.25 if got.size > 1 else 2**-12, atol=1e-6)
+
+
+# Dimensions that fill tiles, and others; scales that hold all values, and that clip some.
+SHAPES = [(2, 32, 256), (3, 7, 80), (1, 33, 320)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [2.0**-5, 2.0**-9])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_the_norm(shape: tuple[int, int, int], scale: float, is_added: bool) -> None:
+    x, added = numbers(0, *shape), numbers(1, *shape) if is_added else None
+    given = x, numbers(2, shape[-1], dtype=jnp.float32), EPS, jnp.float32(scale), added
+    found, expected = eight_bit_norm(*given), norm_in_8_bits(*given)
+    check_equal(found, expected)
+    top = np.abs(np.asarray(found[1].values, np.float32)).max()
+    assert (top == 448) == (scale == 2.0**-9)
+
+
+@pytest.mark.parametrize("uses", [1, 3])
+def test_the_gradients_of_the_norm(uses: int) -> None:
+    x, dx, *dnormed = (numbers(i, 2, 32, 256) for i in range(2 + uses))
+    given = x, numbers(9, 256, dtype=jnp.float32), EPS, dx, tuple(dnormed)
+    for got, want in zip(branched_norm_gradients(*given), norm_gradients(*given), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0.01, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [2.0**-4, 2.0**-8])
+def test_swiglu(shape: tuple[int, int, int], scale: float) -> None:
+    given = numbers(0, *shape), 3 * numbers(1, *shape), jnp.float32(scale)
+    check_equal(eight_bit_swiglu(*given), swiglu_in_8_bits(*given))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [2.0**-9, 2.0**-16])
+def test_the_gradients_of_swiglu(shape: tuple[int, int, int], scale: float) -> None:
+    arrays = (numbers(i, *shape) for i in range(3))
+    given = *arrays, (jnp.float32(scale), jnp.float32(2 * scale))
+    check_equal(eight_bit_swiglu_gradients(*given), swiglu_gradients_in_8_bits(*given))
+
+
+@pytest.mark.parametrize("wrong", [np.inf, np.nan])
+def test_nonfinite_values_are_not_hidden(wrong: float) -> None:
+    gate, up, dhidden = (numbers(i, 1, 4, 64).at[0, 1, 2].set(wrong) for i in range(3))
+    one = jnp.float32(1)
+    _, normed, _ = eight_bit_norm(gate, jnp.ones(64), EPS, one)
+    hidden, _ = eight_bit_swiglu(gate, up, one)
+    (dgate, _), (dup, _) = eight_bit_swiglu_gradients(gate, up, dhidden, (one, one))
+    for written in (normed, hidden, dgate, dup):
+        assert np.isnan(np.asarray(written.values, np.float32)[0, 1, 2])
+        assert np.isnan(np.asarray(written.transposed, np.float32)[2, 0, 1])
+
+
+@pytest.mark.slow
+def test_on_eight_devices_both_layouts_and_maxima_are_those_of_whole_arrays() -> None:
+    mesh = build_mesh(dict.fromkeys(AXES, 1) | {"data": 2, "context": 2, "tensor": 2})
+    one = jnp.float32(2.0**-7)
+
+    def all_kernels(x: Any, gate: Any, up: Any, dhidden: Any) -> Any:
+        return (
+            eight_bit_norm(x, jnp.ones(64), EPS, one, x),
+            eight_bit_swiglu(gate, up, one),
+            eight_bit_swiglu_gradients(gate, up, dhidden, (one, one)),
+        )
+
+    arrays = [numbers(i, 4, 8, 64) for i in range(4)]
+    alone = all_kernels(*arrays)
+    axes = [("batch", "sequence", None), *[("batch", "sequence", "mlp")] * 3]
+    placed = [
+        jax.device_put(value, sharding(mesh, names))
+        for value, names in zip(arrays, axes, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        check_equal(jax.device_get(jax.jit(all_kernels)(*placed)), jax.device_get(alone))
