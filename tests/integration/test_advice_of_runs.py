@@ -216,10 +216,12 @@ def test_plateau(advised: Advised, tmp_path: Path) -> None:
 
 
 def test_evaluations_too_frequent(advised: Advised, tmp_path: Path) -> None:
-    held_out = write(tmp_path / "held-out.jsonl", [words(600, -1)])
-    flags = ["--validation", held_out, "--eval_steps"]
-    assert advised(40, *flags, 2, before=slow_steps(0.01)) == ["evaluations too frequent"]
-    assert advised(80, *flags, 60, before=slow_steps(0.3)) == []
+    many = write(tmp_path / "many.jsonl", [words(600, -1)])
+    few = write(tmp_path / "few.jsonl", [words(100, -1)])
+    flags = ["--eval_steps", 2, "--validation", many]
+    assert advised(40, *flags, before=slow_steps(0.01)) == ["evaluations too frequent"]
+    flags = ["--eval_steps", 60, "--validation", few]
+    assert advised(80, *flags, before=slow_steps(0.3)) == []
 
 
 def test_saves_too_frequent(advised: Advised) -> None:

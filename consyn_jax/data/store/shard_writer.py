@@ -232,17 +232,18 @@ class ShardWriter:
             **self.counts(),
         }
         names = {"tokens": "sha256"}
-        names |= {kind: f"{kind}_sha256" for kind in ("index", "targets", "origins")}
+        names |= {kind: f"{kind}_sha256" for kind in ("index", "origins", "targets")}
         if "targets" in self._files:
             entry["targets"] = self._paths["targets"].name
         else:
             del entry["target_tokens"]
         if "origins" in self._files:
             entry["origins"] = self._paths["origins"].name
-        for kind, file in self._files.items():
-            file.seek(0)
-            entry[names[kind]] = hashlib.file_digest(file, "sha256").hexdigest()
-            file.close()
+        # In one order, because a resumed writer opens its files in another one.
+        for kind in filter(self._files.__contains__, names):
+            self._files[kind].seek(0)
+            entry[names[kind]] = hashlib.file_digest(self._files[kind], "sha256").hexdigest()
+            self._files[kind].close()
         return entry
 
     def abandon(self) -> None:

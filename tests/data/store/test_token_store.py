@@ -10,6 +10,7 @@ import pytest
 
 from consyn_jax.data.store import TokenStore, TokenStoreWriter
 from consyn_jax.data.store.manifest import is_store, token_dtype
+from consyn_jax.data.store.shard_writer import ShardWriter
 from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 
@@ -191,6 +192,28 @@ def test_a_writer_resumed_from_any_checkpoint_writes_the_same_bytes(
     again = np.empty(snapshot.num_tokens, np.uint16)
     snapshot.read(0, again)
     assert np.array_equal(read, again)
+
+
+def test_a_resumed_shard_has_the_same_entry_to_the_byte(tmp_path: Path) -> None:
+    """With targets, which come after origins in a first start, and before them in a resumed one."""
+
+    def add(shard: ShardWriter, number: int) -> ShardWriter:
+        shard.append(
+            np.array([1, 2]), np.array([2]), 2, np.array([0, 1], np.uint8), np.full(3, number)
+        )
+        return shard
+
+    entries = []
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        about = tmp_path / name, "train-00000", np.dtype("<u2")
+        shard = add(ShardWriter(*about), 1)
+        if name == "stopped":
+            state = shard.state()
+            shard.abandon()
+            shard = ShardWriter(*about, state)
+        entries.append(json.dumps(add(shard, 2).close()))
+    assert entries[0] == entries[1]
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
