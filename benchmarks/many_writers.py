@@ -67,6 +67,7 @@ class TimedTasks(many_writers.Tasks):
     """Runs tasks on two processes, and keeps the seconds of each and the bytes of their results."""
 
     def __init__(self) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # as Ray does
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(CORES, context)
         self.seconds: dict[str, list[float]] = {}
@@ -189,7 +190,7 @@ def measure(
         )
         segment_s = max(cut - fixed, 0.0) / len(tasks.seconds["segments"])
         found: dict[str, list[float]] = {"hash": [], "cuts": []}
-        starts, ones, same = [], [], []
+        starts, ones, same, totals = [], [], [], []
         for number in range(rounds):
             prepared(text, place / f"many-{number}", tasks)
             began = time.process_time()
@@ -198,6 +199,7 @@ def measure(
             for phase, seconds in tasks.seconds.items():
                 if phase not in SINGLE:
                     found.setdefault(phase, []).extend(seconds)
+            totals.append(sum(tasks.seconds["segments"]))
             starts.append(_by_one(small, place / f"start-{number}"))
             ones.append(_by_one(text, place / f"one-{number}"))
             stores = [place / f"one-{number}", place / f"many-{number}", place / "cut-a"]
@@ -223,6 +225,7 @@ def measure(
             for phase, seconds in found.items()
         },
         "MB": size / rounds,
+        "segments_cpu_s": totals,
     }
 
 
