@@ -19,7 +19,7 @@ READ = frozenset({"data", "validation", "checkpoint", "model", "tokenizer"})
 LOCAL = frozenset(
     {
         *("output", "config", "chat_template", "eval_requests", "requests", "replay", "verify"),
-        *("fit", "run", "watch", "page", "file"),
+        *("fit", "run", "watch", "page", "file", "shared_directory"),
     }
 )
 REMOTE = "remote"

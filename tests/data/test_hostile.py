@@ -508,7 +508,7 @@ def test_files_that_change_between_recognition_and_reading(
     }
     moments = {
         "after recognition": (prepare_module, "build_spec"),
-        "after hashing": (prepare_module, "_build"),
+        "after hashing": (prepare_module, "build"),
         "while reading": (WorkerPool, "__init__"),
     }
     for (what, change), (moment, (owner, name)) in itertools.product(

@@ -181,7 +181,7 @@ TOKENS = [3, 4, 5, 6]
 WRONG = {
     "negative": (
         {"input_ids": [3, -1, 5, 6]},
-        "token id -1 in input_ids at position 1, .* (leave it out|0 in an at)",
+        "token id -1 in input_ids at position 1, .* (leave it out|attention_mask with 0)",
     ),
     "ignored": ({"input_ids": [-100, 4, 5, 6]}, "-100 in input_ids at position 0, .* only labels"),
     "beyond": (

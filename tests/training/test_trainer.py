@@ -508,7 +508,7 @@ def test_the_best_model_is_none_of_steps_that_were_taken_back(
 
 def test_another_run_is_kept_out_of_the_directory(finished: Finished) -> None:
     with pytest.raises(
-        UserError, match=r"holds a run with another schedule: --lr was 0\.003 and is 0\.1\."
+        UserError, match=r"holds a run with another schedule: --lr was 0\.003 and is 0\.1;"
     ):
         trainer(finished.path, learning_rate=0.1).train()
     with pytest.raises(UserError, match="the training data changed"):

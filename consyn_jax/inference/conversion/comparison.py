@@ -56,7 +56,7 @@ def check_logits(before: np.ndarray, after: np.ndarray, dtype: str, where: Path)
     if not share <= TOLERANCE[dtype]:  # also refuses NaN
         raise UserError(
             f"{where} was not written: the logits of the new files have a relative error of "
-            f"{share:.2g}, but {dtype} allows only {TOLERANCE[dtype]:g}. The source model is "
+            f"{share:.2g}, but {dtype} allows only {TOLERANCE[dtype]:g}; the source model is "
             "unchanged. Try another disk or machine, and report a defect if it happens again."
         )
     return share

@@ -117,8 +117,8 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
     """Check that --merge_lora is given for an adapter, and for no other model."""
     if source.base is not None and not merge:
         raise UserError(
-            f"{source.name} is an adapter over {source.base}. Add --merge_lora to write the "
-            "merged model. An adapter alone needs no conversion: its files have PEFT's layout."
+            f"{source.name} is an adapter over {source.base}, whose files already have PEFT's "
+            "layout. Add --merge_lora to write the merged model."
         )
     if merge and source.base is None:
         raise UserError(

@@ -80,8 +80,8 @@ def is_complete(
         return False
     if not data_is_known:
         raise UserError(
-            f"The run in {path} is complete. This data is an iterator or random, so it cannot be "
-            "compared with the data of that run. Pass another output_dir, or overwrite=True."
+            f"The run in {path} is complete, and its data cannot be compared with this data, "
+            "which is an iterator or random. Pass another output_dir, or overwrite=True."
         )
     return True
 

@@ -148,7 +148,7 @@ def explain_out_of_memory(
             raise
         reason = brief(error)
         raise UserError(
-            f"A device ran out of its {_gib(device_bytes())} of memory ({reason}). Saved "
+            f"A device ran out of its {_gib(device_bytes())} of memory ({reason}); saved "
             "checkpoints are intact. Stop other programs on the device, or run again with "
             f"{smaller}."
         ) from error
