@@ -88,6 +88,8 @@ class TokenStoreWriter:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.directory / "tokenizer")
+            for left in (self.directory / "tokenizer").glob(".*.new"):  # by a kill
+                left.unlink()
             if state is not None:
                 self._restore(state)
         except BaseException as error:  # `__exit__` is not called for a failed `__init__`

@@ -180,6 +180,8 @@ def test_a_writer_resumed_from_any_checkpoint_writes_the_same_bytes(
     state = json.loads(json.dumps(first.checkpoint()))
     add(first, stop, min(stop + 7, len(TEXTS)))
     first.close()
+    left = tmp_path / "store" / "tokenizer" / ".tokenizer.json.0123456789abcdef.new"
+    left.touch()  # by a kill
     second = TokenStoreWriter(tmp_path / "store", tokenizer, 300, state)
     add(second, stop, len(TEXTS))
     assert second.snapshot("train").num_documents == len(TEXTS) - len(TEXTS) // 10
