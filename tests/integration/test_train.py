@@ -183,7 +183,7 @@ def test_another_learning_rate_is_another_run(
     )
     assert other.code == 2
     assert (
-        f"--output {finished.path} holds a run with another schedule: --lr was 0.003 and is 0.0001; the learning"
+        f"--output {finished.path} holds a run with another schedule: --lr was 0.003 and is 0.0001;"
         in other.said
     )
 
