@@ -151,10 +151,11 @@ def measure(
     parts: Sequence[str],
     kinds: Sequence[str] = KINDS,
     powers: Sequence[float] = range(10, 4, -1),
+    steps: int = 150,
     tiny: bool = False,
 ) -> dict[str, Any]:
     """The rows of all measurements, at the rates 2^-power."""
-    widths, depths, steps = (64, 128, 256, 512), (2, 4, 8, 16), 150
+    widths, depths, steps = (64, 128, 256, 512), (2, 4, 8, 16), steps
     rates = [2.0**-power for power in powers]
     if tiny:
         widths, depths, steps, rates = (32, 64), (1, 2), 12, rates[2:5]
@@ -180,8 +181,9 @@ def main() -> None:
     parser.add_argument(
         "--powers", nargs="+", type=float, default=range(10, 4, -1), help="rates are 2^-POWER"
     )
+    parser.add_argument("--steps", type=int, default=150, help="of each run")
     a = parser.parse_args()
-    harness.report(measure(a.data, a.parts, a.kinds, a.powers, a.tiny), a.out)
+    harness.report(measure(a.data, a.parts, a.kinds, a.powers, a.steps, a.tiny), a.out)
 
 
 if __name__ == "__main__":
