@@ -11,7 +11,9 @@ would add is not in it.
 
 All seconds are of processor time, so that other work on the machine changes them less. The local
 rate is that of `consyn-prepare` with two workers on two cores that never wait: half of the
-processor time of all its processes, without its start. This favours the local way. 1.8 per added
+processor time of all its processes, without its start. A second, higher one is that of its workers
+alone, `Worker.work` on the blocks of each segment, measured beside the segment in one process; this
+comparison depends least on what else the machine does. Both favour the local way. 1.8 per added
 pair of cores means that N pairs have at least 0.9 N times the local rate.
 
     python benchmarks/many_writers.py --data ../shared/data/enwik8/enwik8.gz --out FILE.json
@@ -40,6 +42,7 @@ from consyn_jax.data.preparation import store_making
 from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.data.preparation.segments import duplicates, many_writers, phases
 from consyn_jax.data.preparation.segments.job import Job
+from consyn_jax.data.preparation.segments.spans import segment_blocks
 from consyn_jax.data.store.file_hashes import hash_of
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 
@@ -53,14 +56,31 @@ DOCUMENT_BYTES = 8000
 MOST_SIMULATED = 200_000  # tasks; of more, the time is that of so many times their number
 
 
-def timed(root: str, identity: str, *task: Any) -> tuple[float, float]:
-    """Seconds of a task, and those before it in which its process reads the settings."""
+def timed(root: str, identity: str, phase: str, number: int) -> tuple[float, float, float]:
+    """Seconds of a task, and those before it in which its process reads the settings.
+
+    Of a segment also those of `Worker.work` alone on its blocks, which is what a local worker
+    does: in the same process, before every other segment and after the others.
+    """
     began = time.process_time()
-    phases._job(root, identity)
-    ready = time.process_time()
-    fault, _ = phases.work(root, identity, *task)
+    job = phases._job(root, identity)
+    ready = time.process_time() - began
+    alone = _work_alone(job, number) if phase == "segments" and number % 2 else 0.0
+    began = time.process_time()
+    fault, _ = phases.work(root, identity, phase, number)
+    seconds = time.process_time() - began
     assert not fault, fault
-    return time.process_time() - ready, ready - began
+    if phase == "segments" and number % 2 == 0:
+        alone = _work_alone(job, number)
+    return seconds, ready, alone
+
+
+def _work_alone(job: Job, segment: int) -> float:
+    blocks, worker = list(segment_blocks(job, segment)), job.settings.worker()
+    began = time.process_time()
+    for _, block in blocks:
+        worker.work(block)
+    return time.process_time() - began
 
 
 class TimedTasks(many_writers.Tasks):
@@ -72,7 +92,7 @@ class TimedTasks(many_writers.Tasks):
         self._pool = concurrent.futures.ProcessPoolExecutor(CORES, context)
         self.seconds: dict[str, list[float]] = {}
         self.bytes: dict[str, int] = {}
-        self.ready_s = 0.0
+        self.ready_s = self.alone_s = 0.0
         for future in [self._pool.submit(time.sleep, 0.5) for _ in range(CORES)]:
             future.result()
 
@@ -83,8 +103,10 @@ class TimedTasks(many_writers.Tasks):
         calls = [(str(job.root), job.identity, phase, number) for number in numbers]
         futures = [self._pool.submit(timed, *call) for call in calls]
         results = [future.result() for future in futures]
-        self.seconds[phase] = [seconds for seconds, _ in results]
-        self.ready_s = max([self.ready_s, *(ready for _, ready in results)])
+        self.seconds[phase] = [seconds for seconds, _, _ in results]
+        self.ready_s = max([self.ready_s, *(ready for _, ready, _ in results)])
+        if phase == "segments":
+            self.alone_s = sum(alone for _, _, alone in results)
         self.bytes[phase] = sum(
             path.stat().st_size for path in (job.root / phase).rglob("*") if path.is_file()
         )
@@ -140,7 +162,7 @@ class Measured:
     segment_s: float
     pair_s: float
 
-    def row(self, size: float, pairs: int, local: float) -> dict[str, Any]:
+    def row(self, size: float, pairs: int, local: float, alone_rate: float) -> dict[str, Any]:
         """The rate for a corpus of `size` megabytes on so many pairs of cores."""
         least, most = many_writers.LEAST_SEGMENT_BYTES, many_writers.MOST_SEGMENT_BYTES
         segment_bytes = min(max(size * 1e6 / many_writers.SEGMENTS, least), most)
@@ -162,6 +184,7 @@ class Measured:
             "MB_per_s": size / total,
             "of local": size / total / local,
             "per pair": 2 * size / total / local / pairs,
+            "per pair, of work alone": 2 * size / total / alone_rate / pairs,
             "one process": alone / total,
         }
 
@@ -190,7 +213,7 @@ def measure(
         )
         segment_s = max(cut - fixed, 0.0) / len(tasks.seconds["segments"])
         found: dict[str, list[float]] = {"hash": [], "cuts": []}
-        starts, ones, same, totals = [], [], [], []
+        starts, ones, same, totals, alone = [], [], [], [], []
         for number in range(rounds):
             prepared(text, place / f"many-{number}", tasks)
             began = time.process_time()
@@ -199,6 +222,7 @@ def measure(
             for phase, seconds in tasks.seconds.items():
                 if phase not in SINGLE:
                     found.setdefault(phase, []).extend(seconds)
+            alone.append(tasks.alone_s)
             totals.append(sum(tasks.seconds["segments"]))
             starts.append(_by_one(small, place / f"start-{number}"))
             ones.append(_by_one(text, place / f"one-{number}"))
@@ -209,7 +233,11 @@ def measure(
     local = CORES * size / (sum(ones) - sum(starts))
     measured = Measured(size, found, tasks.ready_s, fixed, segment_s, _seconds_of_a_pair())
     return {
-        "rows": [measured.row(mb, pairs, local) for mb in SIZES_MB for pairs in PAIRS],
+        "rows": [
+            measured.row(mb, pairs, local, CORES * size / sum(alone))
+            for mb in SIZES_MB
+            for pairs in PAIRS
+        ],
         "stores_equal_local": same,
         "local": {"cpu_s": ones, "start_cpu_s": starts, "MB_per_s": local},
         "one_process": {
@@ -226,6 +254,7 @@ def measure(
         },
         "MB": size / rounds,
         "segments_cpu_s": totals,
+        "work_alone": {"cpu_s": alone, "MB_per_s": CORES * size / sum(alone)},
     }
 
 
@@ -263,6 +292,7 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments.tiny, arguments.data, arguments.bytes, arguments.rounds)
     print(harness.table({"phase": name, **row} for name, row in result["phases"].items()))
+    print(result["work_alone"], result["segments_cpu_s"])
     print(result["local"], result["one_process"], result["stores_equal_local"])
     harness.report(result, arguments.out)
 
