@@ -208,3 +208,9 @@ def test_of_two_processes_that_take_it_at_once_one_has_it(tmp_path: Path) -> Non
     for process in both:  # they hold it until both have tried
         process.communicate(timeout=240)
     assert sorted(outputs) == [f"--output {tmp_path} is in use by another process", "has it"]
+
+
+def test_a_lock_that_cannot_be_read_has_no_holder(tmp_path: Path) -> None:
+    assert read_holder(tmp_path) == ""
+    (tmp_path / LOCK).write_bytes(b'{"pid": 7, "host": "\xff"}')
+    assert read_holder(tmp_path) == ""
