@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,21 @@ def test_the_newest_stay_and_every_fourth(checkpoints: Checkpoints) -> None:
     save(checkpoints, 1, 3, 4, 5, 6, 7)
     assert checkpoints.steps() == [4, 6, 7]
     assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["4", "6", "7"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_goes_with_the_next_save(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    save(checkpoints, 1, 2)
+    with monkeypatch.context() as patch:
+        refused = OSError(errno.EACCES, os.strerror(errno.EACCES), str(checkpoints.directory))
+        patch.setattr(module, "rotate", Mock(side_effect=refused))
+        save(checkpoints, 3)
+    assert checkpoints.steps() == [1, 2, 3]
+    save(checkpoints, 5)
+    assert checkpoints.steps() == [3, 5]
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == ["3", "5"]
+    assert len(warnings) == 1
 
 
 def test_what_was_saved_comes_back_on_another_mesh(checkpoints: Checkpoints) -> None:
