@@ -24,11 +24,12 @@ def study(
     output: Path,
     definition: dict[str, Any] | None = None,
     overwrite: bool = False,
+    num_evaluations: int = 10,
     **options: Any,
 ) -> OptunaStudy:
     given = StudyOptions(**options)
     what = {"--epochs": 3.0} if definition is None else definition
-    more: dict[str, Any] = {"maximize": False, "num_evaluations": 10, "seed": 1}
+    more: dict[str, Any] = {"maximize": False, "num_evaluations": num_evaluations, "seed": 1}
     return OptunaStudy(output, given, SPACE, what, overwrite=overwrite, **more)
 
 
@@ -142,8 +143,8 @@ def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_bad_trials_are_pruned_at_evaluations(tmp_path: Path) -> None:
-    opened = study(tmp_path)
-    for _ in range(3):  # the median pruner watches these first
+    opened = study(tmp_path, num_evaluations=40)
+    for _ in range(4):  # the median pruner watches these first
         claim = opened.claim(10)
         assert claim is not None
         for number in range(4):
@@ -153,10 +154,10 @@ def test_bad_trials_are_pruned_at_evaluations(tmp_path: Path) -> None:
         claim.release()
     bad = opened.claim(10)
     assert bad is not None
-    bad.trial.report(5.0, 0)
-    assert not bad.trial.should_prune(), "the first evaluations are for warm-up"
-    for number in range(1, 4):
+    for number in range(2):
         bad.trial.report(5.0, number)
+        assert not bad.trial.should_prune(), "the first evaluations are for warm-up"
+    bad.trial.report(5.0, 2)
     assert bad.trial.should_prune()
 
 
