@@ -145,8 +145,8 @@ class DataOptions(CorpusOptions):
     )
     max_tokens: int | None = flag(
         None,
-        "length of a training sequence, in tokens (from --model; with --checkpoint, a length "
-        "that 99 % of the rows fit in, up to the model's context)",
+        "length of a training sequence, in tokens (that of --model; with --checkpoint, long "
+        "enough for 99 % of the rows, but at most the model's context)",
         math=True,
     )
 

@@ -369,8 +369,8 @@ def pack(
 
     Args:
         packing: "cut" (`PackedDataset`), "whole" (`WholeDocuments`), or None for the default.
-        on_long: treatment of long documents with "whole": "truncate", "drop" or "error"; None for
-            the default.
+        on_long: what happens to long documents if `packing` is "whole": "truncate", "drop" or
+            "error"; None for the default.
 
     Raises:
         UserError: as `WholeDocuments`.

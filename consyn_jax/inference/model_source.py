@@ -57,8 +57,8 @@ class ModelSource:
         taken: Description of the chosen model: "final/ of the run runs/verse".
         directory: The directory of the model or checkpoint.
         tokenizer: The model's own tokenizer; None if it has none.
-        load: Function that reads the weights onto a mesh (None: the first device), in a number
-            type.
+        load: Function that reads the weights onto a given mesh (None: the first device), and
+            converts them to a given number type.
         run: The run that the model comes from; None for other models.
         step: The step of a checkpoint; None for other models.
         base: Name of the base model into which `load` merges an adapter; None without an adapter.

@@ -58,7 +58,7 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 def swiglu_in_8_bits(
     gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"], scale: Scale | None
 ) -> tuple[Quantised, Largest]:
-    """Return silu(gate) * up in e4m3, and its largest magnitude; it is rounded once."""
+    """Return silu(gate) * up, rounded once to e4m3, and the largest magnitude of the product."""
     return quantise(_swiglu(gate_BTF, up_BTF), FORWARD, scale)
 
 

@@ -251,7 +251,7 @@ def _visible_keys(first_key_ref: Any, first: Any, step: int, num_keys: int) -> B
     """The blocks of keys to which a tile of queries attends.
 
     Args:
-        first_key_ref: Position of the first key that each query of the tile attends to.
+        first_key_ref: For each query of the tile, the position of the first key that it attends to.
         first: Position of the tile's first query.
         step: Keys per block.
     """

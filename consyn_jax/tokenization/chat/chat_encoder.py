@@ -192,7 +192,7 @@ class ChatEncoder:
         return "".join(texts), ids, _targets(offsets, kept)
 
     def _piece(self, piece: str, is_text: bool) -> list[_Token]:
-        """Encode a piece from the middle of a text, so that no space is added in front."""
+        """Encode a piece as if it stood inside a text: without adding a space in front."""
         tokenizer = self._plain if is_text else self._full
         newline, found = _encoded(self._full, "\n"), _encoded(tokenizer, "\n" + piece)
         if [index for index, _ in found[: len(newline)]] == [index for index, _ in newline]:

@@ -110,7 +110,7 @@ def outlast_abandoned_work() -> None:
 
     An error in such a thread during Python's shutdown bypasses all hooks, and prints a traceback
     after the run's last message. Nothing signals that the threads have finished; after a failed
-    write, this took 0.05 s.
+    write, they took 0.05 s to finish.
     """
     time.sleep(ABANDONED_S)
 

@@ -219,9 +219,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UserError: the file does not exist, or a line before the last one is damaged.
     """
     if not path.exists():
-        raise UserError(
-            f"{path} does not exist. A run directory has one after its first logged step."
-        )
+        raise UserError(f"{path} does not exist. A run writes it at its first logged step.")
     return _lines(path)
 
 

@@ -125,7 +125,7 @@ class RemoteRun:
         return Contents(found, record)
 
     def marked(self) -> dict[int, str]:
-        """Read the digests of the complete checkpoints, by step; "" for a damaged marker.
+        """Read the digest of each complete checkpoint from its marker; "" if the marker is damaged.
 
         Raises:
             BucketError: The store does not answer.

@@ -218,8 +218,8 @@ def _read(file: Path, key: str, counts: Mapping[str, int]) -> Found:
         raise UserError(f"{file}, with {about}, cannot be read ({error}).") from error
     if record.get("key") != key:
         raise UserError(
-            f"{file} was computed with other data, initial weights, --max_tokens or "
-            "--mixed_precision than those of this run."
+            f"{file} was computed with different data, different initial weights, or another "
+            "--max_tokens or --mixed_precision than those of this run."
         )
     shapes = {name: (values.shape, values.dtype.name) for name, values in found.items()}
     wanted = {name: ((count, 2), "float32") for name, count in counts.items()}

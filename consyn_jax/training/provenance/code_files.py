@@ -47,7 +47,7 @@ def combined(digests: dict[str, str]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python, of this package, and of the libraries that compute."""
+    """Return the versions of Python, of this package, and of the numerical libraries."""
     found = {"python": platform.python_version(), "consyn_jax": consyn_jax.__version__}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):

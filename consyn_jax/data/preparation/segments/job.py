@@ -198,7 +198,7 @@ class Job:
             raise
 
     def remove_drafts(self) -> None:
-        """Remove what killed tasks left."""
+        """Remove the files that killed tasks left behind."""
         for path in self.root.glob("*/.*.new"):
             shutil.rmtree(path, ignore_errors=True)
 
