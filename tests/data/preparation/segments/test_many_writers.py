@@ -262,7 +262,7 @@ def test_another_command_takes_over(corpus: Path, tmp_path: Path, monkeypatch: A
     monkeypatch.setattr(engines, "TasksHere", lambda: Stops(20))
     with pytest.raises(KeyboardInterrupt):
         by_many(corpus, tmp_path / "many")
-    with pytest.raises(UserError, match="unfinished preparation of other data"):
+    with pytest.raises(UserError, match="an unfinished token store, made from other data"):
         by_one(corpus / "c.jsonl", tmp_path / "many")
     expected = by_one(corpus, tmp_path / "one")
     assert by_one(corpus, tmp_path / "many") == expected
