@@ -258,7 +258,10 @@ KINDS: list[tuple[Callable[[Path], Path], tuple[str, ...]]] = [
             r"test\.jsonl \(is named as test data",
         ),
     ),
-    (splits_of_text, (r"validation +1 file by name: .*valid\.txt", r"test\.txt \(is named as test data")),
+    (
+        splits_of_text,
+        (r"validation +1 file by name: .*valid\.txt", r"test\.txt \(is named as test data"),
+    ),
     (notebook, (r"study\.ipynb is read as plain text, with the JSON of a notebook",)),
     (separated_stories, (r"stories\.txt is read as one document, although '<\|endoftext\|>'",)),
     (book, (r"macbeth\.txt" + ONE_DOCUMENT,)),

@@ -181,7 +181,9 @@ def test_another_model_is_not_evaluated_with_the_reference_of_a_run(
         batch_size=8,
         quiet=True,
     )
-    with pytest.raises(UserError, match=r"computed with different data, different initial weights.*--output\."):
+    with pytest.raises(
+        UserError, match=r"computed with different data, different initial weights.*--output\."
+    ):
         at_the_end.evaluate()
 
 
