@@ -40,7 +40,8 @@ from consyn_jax.training.step import TrainState
 
 def state(step, size):
     small = {str(i): jnp.full((i + 1, 7), step, jnp.float32) for i in range(6)}
-    return {"step": jnp.int32(step), "large": [jnp.full((size // 4,), step, jnp.float32) for _ in range(4)], "small": small}
+    large = [jnp.full((size // 4,), step, jnp.float32) for _ in range(4)]
+    return TrainState(jnp.int32(step), {"large": large, "small": small}, (), jnp.int32(step))
 
 def check(checkpoints, step, size):
     found, run = checkpoints.restore(step, jax.eval_shape(lambda: state(step, size)))
