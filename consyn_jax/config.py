@@ -315,7 +315,8 @@ class SavingOptions:
     keep_every: int | None = flag(None, "also keep checkpoints whose step is a multiple of this")
     resume: str = flag(
         "auto",
-        "auto: continue from the newest checkpoint; STEP: from this one; never: continue no run",
+        "auto: continue the run in --output from its newest checkpoint; STEP: from the checkpoint "
+        "of that step; never: stop if --output already holds a run",
     )
     remote: str | None = flag(None, "s3:// or gs:// URL where a copy of the run is kept")
     overwrite: bool = flag(False, "delete the run in --output and --remote and start a new one")

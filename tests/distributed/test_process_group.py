@@ -84,7 +84,8 @@ def outcomes(deed: str, by: int, count: int = 3) -> list[tuple[int, str, str]]:
             processes[number].send_signal(signal.SIGKILL)
         out, err = processes[number].communicate(timeout=240)
         err = err.replace(f"pid {processes[by].pid} on {socket.gethostname()}", "PID")
-        err = re.sub(r"(?<=no heartbeat for )\d+ s", "N s", err)  # the limit, or more beside load
+        # The limit, or more beside load.
+        err = re.sub(r"(?<=no heartbeat for )([4-9]|\d\d+) s", "N s", err)
         found[number] = (processes[number].returncode, out, err)
     return found
 

@@ -45,16 +45,21 @@ FLAGS = [
 FLAGS += ["--logging_steps", "1", "--logging_backend", "none"]
 DEVICES = 4  # of all processes of a run
 
-# Python that a process runs first, so that there is time to do something to it.
-SLOW = """
+
+def slow(seconds: float, after: int = 5) -> str:
+    """Python for a run whose batches after that of a step take so long."""
+    return f"""
 import time
 from consyn_jax.data import loader
 inner = loader.BatchLoader.batch
 def batch(self, step):
-    time.sleep(1 if step > 5 else 0)
+    time.sleep({seconds} if step > {after} else 0)
     return inner(self, step)
 loader.BatchLoader.batch = batch
 """
+
+
+SLOW = slow(1)
 
 # For the thread that reads: wait until the main thread waits for data, and has done so for so long,
 # or waits for the end of this thread.

@@ -78,7 +78,7 @@ advice.LEAST_SECONDS = 1.0
 """
 
 
-def slow_data(seconds: float) -> str:
+def slow_data(seconds: float, wait: str = "time.sleep") -> str:
     return (
         SOON
         + f"""
@@ -86,7 +86,7 @@ import time
 from consyn_jax.data import loader
 read = loader.BatchLoader.batch
 def batch(self, step):
-    time.sleep({seconds})
+    {wait}({seconds})
     return read(self, step)
 loader.BatchLoader.batch = batch
 """
@@ -95,7 +95,7 @@ loader.BatchLoader.batch = batch
 
 def late_data(seconds: float) -> str:
     """Every batch comes so long after the run has begun to wait for it, however slow its steps are."""
-    return slow_data(seconds).replace("time.sleep(", "main_waits(") + MAIN_WAITS
+    return slow_data(seconds, "main_waits") + MAIN_WAITS
 
 
 def slow_steps(seconds: float) -> str:

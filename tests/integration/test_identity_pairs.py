@@ -10,30 +10,19 @@ import pytest
 from consyn_jax.training.checkpointing.ownership import RunRecord
 from consyn_jax.training.run.lock import LOCK, RunLock
 
-from .nursery import FLAGS, Child, Nursery, trained
+from .nursery import FLAGS, Child, Nursery, held, slow, trained
 
 pytestmark = pytest.mark.slow
 
 SAVING = [*FLAGS, "--save_steps", "2"]
 # Held until something has been done to it; then slow, and quick to look at its directory.
-STEPS = """
-import pathlib, time
-from consyn_jax.data import loader
+OFTEN = """
 from consyn_jax.training.runtime import watchdog
 watchdog.POLL_S = 0.2
-inner = loader.BatchLoader.batch
-def batch(self, step):
-    while step > 7 and not pathlib.Path({done!r}).exists():
-        time.sleep(0.02)
-    time.sleep(0.5 if step > 7 else 0)
-    return inner(self, step)
-loader.BatchLoader.batch = batch
 """
 SAVES = """
 import time, pathlib
 from consyn_jax.training.checkpointing import manager
-from consyn_jax.training.runtime import watchdog
-watchdog.POLL_S = 0.2
 finish = manager.Checkpoints._finish
 def slow(self, step, *rest):
     if step >= 6:
@@ -108,7 +97,8 @@ def test_it_ends_and_touches_nothing_more(
     tmp_path: Path,
 ) -> None:
     path, mark, done = tmp_path / "run", tmp_path / "mark", tmp_path / "done"
-    before = (STEPS if moment == "stepping" else SAVES).format(mark=str(mark), done=str(done))
+    saves = SAVES.format(mark=str(mark), done=str(done))
+    before = OFTEN + (slow(0.5, after=7) + held(7, done) if moment == "stepping" else saves)
     flags = [*SAVING, "--data", corpus, "--output", path]
     children = (
         [nursery.start(*flags, before=before)]

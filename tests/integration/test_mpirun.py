@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Run, cannot_run
-from .nursery import FLAGS, SLOW
+from .nursery import FLAGS, slow
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +46,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     with start(*flags, tmp_path / "whole") as process:
         said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
-    with start(
-        *flags, tmp_path / "run", before=SLOW.replace("sleep(1 if", "sleep(3 if")
-    ) as process:
+    with start(*flags, tmp_path / "run", before=slow(3)) as process:
         metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
         while not metrics.exists() or metrics.read_text().count('"train/loss"') < 6:
             assert process.poll() is None

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def _holding_signals() -> Iterator[None]:
     """Note signals while Ray starts or ends, and send the first one again afterwards.
 
     An exception in the middle of `ray.init` leaves Ray half started, and the process crashes when
-    it ends. Ray also has its own ways with SIGTERM: `ray.init` replaces the handler by `sys.exit`,
+    it ends. Ray also changes what SIGTERM does: `ray.init` replaces the handler by `sys.exit`,
     and installs another one in C++, which sets an alarm that aborts the process three seconds after
     the signal; `ray.shutdown` leaves no handler.
     """
@@ -245,28 +245,38 @@ def _holding_signals() -> Iterator[None]:
         return
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     handlers = {number: ours for number, ours in handlers.items() if callable(ours)}
-    came: list[int] = []
-    for number in handlers:
-        signal.signal(number, lambda number, _: came.append(number))
-    install, is_over = signal.signal, threading.Event()
-    canceller = threading.Thread(target=_cancel_alarms, args=(is_over,), daemon=True)
-    canceller.start()
-    try:
+    install, came = signal.signal, list[int]()
+    with ExitStack() as stack:  # undoes each part, also if a signal raises in the middle
+        stack.callback(lambda: signal.raise_signal(came[0]) if came else None)
+        stack.enter_context(_without_alarms())
+        for number, ours in handlers.items():
+            stack.callback(install, number, ours)
+            install(number, lambda number, _: came.append(number))
+        stack.callback(setattr, signal, "signal", install)
         signal.signal = _except_for(handlers, install)
         yield
-    finally:
-        signal.signal = install
-        for number, ours in handlers.items():
-            signal.signal(number, ours)
-        is_over.set()
-        canceller.join()
-        if came:
-            signal.raise_signal(came[0])
 
 
 def _except_for(numbers: Container[int], install: Callable[..., Any]) -> Callable[..., Any]:
     """Make a `signal.signal` that does nothing for some signals."""
     return lambda number, handler: None if number in numbers else install(number, handler)
+
+
+@contextmanager
+def _without_alarms() -> Iterator[None]:
+    """Cancel alarms again and again; afterwards, set the caller's own timer again."""
+    since, (left_s, every_s) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)
+    is_over = threading.Event()
+    canceller = threading.Thread(target=_cancel_alarms, args=(is_over,), daemon=True)
+    canceller.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        canceller.join()
+        if left_s:
+            left_s -= time.monotonic() - since
+            signal.setitimer(signal.ITIMER_REAL, max(left_s, 0.001), every_s)
 
 
 def _cancel_alarms(is_over: threading.Event) -> None:

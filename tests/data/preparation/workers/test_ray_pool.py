@@ -254,6 +254,34 @@ def test_the_alarm_of_rays_handler_is_cancelled(ray: FakeRay) -> None:
     ray_cluster.connect(None, None)
 
 
+def test_the_callers_timer_goes_on(ray: FakeRay) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: came.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 600, 300)
+        ray_cluster.connect(None, None)
+        left_s, every_s = signal.setitimer(signal.ITIMER_REAL, 0)
+        assert 0 < left_s < 600
+        assert every_s == 300
+        assert came == []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_error_while_ray_starts_leaves_the_handlers_as_they_were(ray: FakeRay) -> None:
+    def interrupted() -> None:
+        signal.raise_signal(signal.SIGINT)  # noted, and sent again after the handlers are back
+        raise OSError("No room")
+
+    handlers, install = [signal.getsignal(number) for number in ray_cluster._SIGNALS], signal.signal
+    ray.on_init = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        ray_cluster.connect(None, None)
+    assert [signal.getsignal(number) for number in ray_cluster._SIGNALS] == handlers
+    assert signal.signal is install
+
+
 def test_a_second_signal_while_ray_ends_leaves_no_process(
     ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
