@@ -88,12 +88,15 @@ def next_scales(
 def narrowed(x: Float[Array, "*shape"], inverse: Scale, dtype: Any) -> Float[Array, "*shape"]:
     """Multiply `x` by the inverse of a scale and round to nearest in `dtype`.
 
-    Finite values outside the range become the largest number. Infinity becomes NaN: it must not
-    look like a finite number, or the check for non-finite steps would miss it.
+    Finite values outside the range become the largest number, also those whose product overflows.
+    Infinity, and any value with the scale NaN, becomes NaN: it must not look like a finite number,
+    or the check for non-finite steps would miss it.
     """
     top = float(jnp.finfo(dtype).max)
-    y = x.astype(jnp.float32) * inverse
-    return jnp.where(jnp.abs(y) < jnp.inf, jnp.clip(y, -top, top), jnp.nan).astype(dtype)
+    # Asked of `x` and the scale, because in Triton's minimum and maximum a number wins over NaN.
+    is_finite = (jnp.abs(x) < jnp.inf) & ~jnp.isnan(inverse)
+    y = jnp.clip(x.astype(jnp.float32) * inverse, -top, top)
+    return jnp.where(is_finite, y, jnp.nan).astype(dtype)
 
 
 def quantise(
