@@ -12,7 +12,7 @@ import pytest
 
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.fp8.products import How, fp8_linear, fp8_normed_mlp, fp8_normed_qkv
-from consyn_jax.model.fp8.quantisation import ARRAYS, FORWARD, GRADIENT, scale_of
+from consyn_jax.model.fp8.quantisation import ARRAYS, FORWARD, GRADIENT, largest_in, scale_for
 from consyn_jax.model.linear import MlpWeights
 from consyn_jax.model.norms import rms_norm
 from consyn_jax.model.parameters import initial_parameters
@@ -70,7 +70,7 @@ def test_the_product_and_both_gradients_equal_numpy(dtype: Any, recast: bool) ->
 def test_nonfinite_values_are_not_hidden(wrong: float) -> None:
     """A GPU converts infinity to the largest 8-bit number; a NaN scale shows in every product."""
     x = jnp.ones((4, 16)).at[1, 2].set(wrong)
-    assert np.isnan(scale_of(x, FORWARD))
+    assert np.isnan(scale_for(largest_in(x), FORWARD))
     assert np.all(np.isnan(fp8_linear(x, jnp.ones((16, 16)))))
 
 
