@@ -12,10 +12,12 @@ import optax
 import pytest
 
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
+from consyn_jax.errors import UserError
 from consyn_jax.model.fp8.quantisation import ARRAYS, first_scales
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.model.transformer import Compute
 from consyn_jax.model_config import ModelConfig
+from consyn_jax.training.checkpointing import restoring
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.step import TrainState
@@ -126,6 +128,21 @@ def test_checkpoints_without_scales_are_restored(fp8: bool, checkpoints: Checkpo
     checkpoints.wait()
     found, _ = checkpoints.restore(1, wanted.state_like)
     jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fp8", [False, True])
+def test_orbax_checks_the_structure(
+    fp8: bool, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partial restore, as of checkpoints without the field `scales`, leaves arrays out."""
+    state = begin(program(fp8))
+    params = state.params | {"more": {"part": jnp.ones(3)}}
+    checkpoints.save(1, state._replace(params=params), {})
+    checkpoints.wait()
+    monkeypatch.setattr(restoring, "check_model", lambda *_: None)
+    with pytest.raises(UserError, match="cannot be restored"):
+        checkpoints.restore(1, program(fp8).state_like)
 
 
 @pytest.mark.slow
