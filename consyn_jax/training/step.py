@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     scales: tuple[Float[Array, "L arrays"], ...] = ()
 
 
-def new_scales(like: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[Float[Array, "L arrays"], ...]:
+def new_scales(like: tuple[Any, ...]) -> tuple[Float[Array, "L arrays"], ...]:
     """Create the `scales` of a state that has made no step in fp8.
 
     Args:
