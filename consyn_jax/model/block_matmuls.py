@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,37 @@ from consyn_jax.model.fp8.products import How, fp8_linear, fp8_normed_mlp, fp8_n
 from consyn_jax.model.fp8.quantisation import Scales
 from consyn_jax.model.linear import MlpWeights, add_bias, linear, linear_pair
 from consyn_jax.model.matrices.frozen_matrix import over_frozen
-from consyn_jax.model.norms import NORMS, Norms
+from consyn_jax.model.norms import NORMS, Norms, Rotate
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Pair = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Stream = Float[Array, "B T D"]
 
 
+@runtime_checkable
+class Matmuls(Protocol):
+    """The matmuls of a block, with the norms in front of them."""
+
+    @property
+    def rotate(self) -> Rotate:
+        """The function that norms and rotates queries or keys, from `Norms`."""
+
+    def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
+        """Return the product of attention's output with the matrix `o`."""
+
+    def normed_qkv(
+        self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
+    ) -> tuple[Stream, tuple[jax.Array, ...]]:
+        """Return x, and the products of its norm with the matrices of q, k and v."""
+
+    def normed_mlp(
+        self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
+    ) -> tuple[Stream, Stream]:
+        """Return x + added, and the output of SwiGLU on its norm, without the output's bias."""
+
+
 @dataclass(frozen=True)
-class Matmuls:
+class PlainMatmuls:
     """The matmuls of a block in the dtype of the activations.
 
     Attributes:
@@ -37,6 +59,11 @@ class Matmuls:
     product: Product = linear
     norms: Norms = NORMS
     pair: Pair | None = None
+
+    @property
+    def rotate(self) -> Rotate:
+        """The function that norms and rotates queries or keys."""
+        return self.norms.rotate
 
     def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
         """Return the product of attention's output with the matrix `o`."""
@@ -72,18 +99,20 @@ class Matmuls:
 
 
 @dataclass(frozen=True)
-class EightBitMatmuls(Matmuls):
+class EightBitMatmuls:
     """The matmuls of a block in 8-bit floats.
 
     Attributes:
+        rotate: Norms and rotates queries or keys, from `attention.Backend.norms`.
         scales: Scales of the block; None for scales that are computed from the arrays themselves.
         recast: Whether the backward pass casts float32 weights again, as in `linear`.
         writers: Functions that write 8-bit operands, given their scales.
     """
 
-    scales: Scales | None = None
-    recast: bool = False
-    writers: Writers = REFERENCE
+    rotate: Rotate
+    scales: Scales | None
+    recast: bool
+    writers: Writers
 
     def _how(self, eps: float = 0.0) -> How:
         return How(self.recast, eps, REFERENCE if self.scales is None else self.writers)
@@ -115,12 +144,10 @@ def matmuls_of(
     shards weights, because a single matrix's gradient is ready for its collective sooner.
     """
     if fp8:
-        return lambda scales: EightBitMatmuls(
-            norms=norms, scales=scales, recast=recast, writers=writers()
-        )
+        return lambda scales: EightBitMatmuls(norms.rotate, scales, recast, writers())
     merges = norms.merges and mesh_sizes()["fsdp"] == 1
     pair = partial(linear_pair, recast=recast) if merges else None
-    plain = Matmuls(over_frozen(partial(linear, recast=recast)), norms, pair)
+    plain = PlainMatmuls(over_frozen(partial(linear, recast=recast)), norms, pair)
     return lambda scales: plain
 
 

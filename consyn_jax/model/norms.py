@@ -62,6 +62,9 @@ def norm_then_rope(
     return apply_rope(rms_norm(x_BTNH, scale_H, eps), rope)
 
 
+Rotate = Callable[[jax.Array, jax.Array, Rope, float, str], jax.Array]
+
+
 class Norms(NamedTuple):
     """The norm functions of a block.
 
@@ -72,7 +75,7 @@ class Norms(NamedTuple):
     """
 
     branch: Callable[..., tuple[jax.Array, ...]] = norm_then_branch
-    rotate: Callable[[jax.Array, jax.Array, Rope, float, str], jax.Array] = norm_then_rope
+    rotate: Rotate = norm_then_rope
     merges: bool = False
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model.attention import BACKENDS, Documents, causal_attention, documents
-from consyn_jax.model.block_matmuls import Matmuls, matmuls_of
+from consyn_jax.model.block_matmuls import Matmuls, PlainMatmuls, matmuls_of
 from consyn_jax.model.dropout import (
     ATTENTION,
     ATTENTION_BRANCH,
@@ -37,7 +37,7 @@ from consyn_jax.model.rope import Rope, apply_rope, rope_of, rotated_where, span
 from consyn_jax.model_config import ModelConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-PLAIN = Matmuls()
+PLAIN = PlainMatmuls()
 BLOCK_PARTS = ("attention", "MLP", "residual stream")
 
 
@@ -167,9 +167,8 @@ class Block(nnx.Module):
             for y, (w, bias) in zip(projected, weights, strict=True)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            rotate = matmuls.norms.rotate
-            q_BTNH = rotate(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
-            k_BTKH = rotate(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
+            q_BTNH = matmuls.rotate(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
+            k_BTKH = matmuls.rotate(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
         else:
             q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
         out_BTD = matmuls.linear(attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, -1), self.o[...])

@@ -69,6 +69,7 @@ from consyn_jax.training.step import (
     is_used,
     make_step,
     make_train_step,
+    new_scales,
     with_dropout,
 )
 
@@ -238,27 +239,25 @@ class Program:
         places = jax.tree.map(in_host_memory, shardings) if self.host_moments else shardings
         opt_state = jax.eval_shape(self.rule.init, shapes)
         opt_state = place_state(opt_state, shapes, places, everywhere)
+        layers, fp8 = self.config.num_layers, self.compute.fp8
         count, scales = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-            jax.eval_shape(lambda: (jnp.int32(0), self.first_scales())),
+            jax.eval_shape(lambda: (jnp.int32(0), (first_scales(layers),) if fp8 else ())),
         )
         return TrainState(count, params, opt_state, count, scales)
 
     def initial_state(self, params: Params) -> TrainState:
         """Create the state of step 0 with these parameters, which must not be used afterwards."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+        like = self.state_like
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         opt_state = new_state(self.rule, params, shardings.opt_state, self.host_moments)
         # `device_put` would compare the values across processes. While another process compiles,
         # that comparison could time out in Gloo.
-        step, nonfinite, scales = jax.jit(
-            lambda: (jnp.int32(0), jnp.int32(0), self.first_scales()),
-            out_shardings=(shardings.step, shardings.nonfinite, shardings.scales),
+        step, nonfinite = jax.jit(
+            lambda: (jnp.int32(0), jnp.int32(0)),
+            out_shardings=(shardings.step, shardings.nonfinite),
         )()
-        return TrainState(step, params, opt_state, nonfinite, scales)
-
-    def first_scales(self) -> tuple[jax.Array, ...]:
-        """Create the scales of a state that has made no step in fp8; empty without fp8."""
-        return (first_scales(self.config.num_layers),) if self.compute.fp8 else ()
+        return TrainState(step, params, opt_state, nonfinite, new_scales(like.scales))
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
         """Make the train step for an update rule; non-finite steps are not skipped.

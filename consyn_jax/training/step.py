@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt
 
-from consyn_jax.model.fp8.quantisation import next_scales
+from consyn_jax.model.fp8.quantisation import first_scales, next_scales
 from consyn_jax.model.parameters import Params
 from consyn_jax.training.loss import LossSums
 from consyn_jax.training.preference.pair_loss import PairSums
@@ -32,6 +32,18 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     nonfinite: Int[Array, ""]
     scales: tuple[Float[Array, "L arrays"], ...] = ()
+
+
+def new_scales(like: tuple[Any, ...]) -> tuple[Float[Array, "L arrays"], ...]:
+    """Create the `scales` of a state that has made no step in fp8.
+
+    Args:
+        like: Shape and sharding of each; empty without fp8.
+    """
+    return tuple(
+        jax.jit(first_scales, static_argnums=0, out_shardings=leaf.sharding)(leaf.shape[0])
+        for leaf in like
+    )
 
 
 # input_ids, labels, segment_ids and loss_mask, each [A, B, T]: A micro-batches of B sequences.

@@ -25,7 +25,7 @@ from consyn_jax.training.optim.optimizers import build_optimizer
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.run.identity import SCHEDULE_FLAGS
-from consyn_jax.training.step import Batch, Metrics, Step, TrainState, is_used
+from consyn_jax.training.step import Batch, Metrics, Step, TrainState, is_used, new_scales
 from consyn_jax.validation import parse_multipliers
 
 NUMBERS = "numbers"  # key in a batch: a trial's numeric hyperparameters by flag, and its rates
@@ -258,17 +258,18 @@ class TrialProgram(Program):
             return super().initial_state(params)
         shared, run, key = self._key
         numbers = placed(numbers_of(run, self.total_steps), self.mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
+        like = self.state_like
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
         def make(numbers: Numbers, params: Params) -> Any:
             zero = jnp.int32(0)
             opt_state = with_numbers(self, run, numbers).rule.init(params)
-            return opt_state, zero, zero, self.first_scales()
+            return opt_state, zero, zero
 
-        parts = shardings.opt_state, shardings.step, shardings.nonfinite, shardings.scales
+        parts = shardings.opt_state, shardings.step, shardings.nonfinite
         compiled = shared.once("state", key, lambda: jax.jit(make, out_shardings=parts))
-        opt_state, step, nonfinite, scales = compiled(numbers, params)
-        return TrainState(step, params, opt_state, nonfinite, scales)
+        opt_state, step, nonfinite = compiled(numbers, params)
+        return TrainState(step, params, opt_state, nonfinite, new_scales(like.scales))
 
     def lower_eval_step(self, batch_size: int, length: int) -> Any:
         """Return an object whose `compile()` returns the compiled evaluation.

@@ -23,10 +23,11 @@ from consyn_jax.model.fp8.quantisation import (
     Quantised,
     Scales,
     in_order,
+    largest_in,
     narrowed,
     quantise,
+    scale_for,
     scale_in,
-    scale_of,
 )
 from consyn_jax.model.linear import MlpWeights, add_bias
 
@@ -69,7 +70,7 @@ def _times(
 ) -> tuple[jax.Array, _Weight]:
     """Return x @ w, and what the backward pass needs of the weight."""
     matrix = w.reshape(x8.values.shape[-1], -1)
-    scale = scale_of(matrix, FORWARD)
+    scale = scale_for(largest_in(matrix), FORWARD)
     w8 = narrowed(matrix, 1 / scale, FORWARD)
     axes = (x8.values.ndim - 1,), (0,)
     y = _scaled_dot(x8.values, w8, axes, x8.scale * scale, dtype)
@@ -217,6 +218,7 @@ def _mlp_backward(how: How, saved: Any, gradients: Any) -> Any:
     )
     biases: tuple[Any, ...] = (None, None)
     if likes.gate_bias is not None:
+        # The kernel writes only gradients that are rounded to 8 bits; biases get exact ones.
         exact = swiglu_gradients(gate, up, dhidden)
         biases = tuple(jnp.sum(dy, axis=(0, 1)) for dy in exact)
     dnormed = (

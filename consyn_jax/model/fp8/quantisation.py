@@ -40,14 +40,18 @@ class Quantised(NamedTuple):
     scale: Scale
 
 
-def scale_of(x: Float[Array, "..."], dtype: Any) -> Scale:
-    """The smallest power of two by which to divide `x`, so that it fits the range of `dtype`.
+def largest_in(x: Float[Array, "..."]) -> Float[Array, ""]:
+    """The largest magnitude in `x`, in float32."""
+    return jnp.max(jnp.abs(x)).astype(jnp.float32)
+
+
+def scale_for(largest: Float[Array, ""], dtype: Any) -> Scale:
+    """The smallest power of two by which to divide `largest`, so that it is in range of `dtype`.
 
     Division by a power of two does not round, so quantising an array twice, or from another dtype,
-    gives the same values. The scale is NaN if `x` is not finite, because some devices would
+    gives the same values. The scale is NaN if `largest` is not finite, because some devices would
     round infinity to the largest finite number.
     """
-    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     exponent = _exponent(largest, float(jnp.finfo(dtype).max))
     return jnp.where(jnp.isfinite(largest), jnp.ldexp(jnp.float32(1), exponent), jnp.nan)
 
@@ -88,12 +92,15 @@ def next_scales(
 def narrowed(x: Float[Array, "*shape"], inverse: Scale, dtype: Any) -> Float[Array, "*shape"]:
     """Multiply `x` by the inverse of a scale and round to nearest in `dtype`.
 
-    Finite values outside the range become the largest number. Infinity becomes NaN: it must not
-    look like a finite number, or the check for non-finite steps would miss it.
+    Finite values outside the range become the largest number, also those whose product overflows.
+    Infinity, and any value with the scale NaN, becomes NaN: it must not look like a finite number,
+    or the check for non-finite steps would miss it.
     """
     top = float(jnp.finfo(dtype).max)
-    y = x.astype(jnp.float32) * inverse
-    return jnp.where(jnp.abs(y) < jnp.inf, jnp.clip(y, -top, top), jnp.nan).astype(dtype)
+    # Asked of `x` and the scale, because in Triton's minimum and maximum a number wins over NaN.
+    is_finite = (jnp.abs(x) < jnp.inf) & ~jnp.isnan(inverse)
+    y = jnp.clip(x.astype(jnp.float32) * inverse, -top, top)
+    return jnp.where(is_finite, y, jnp.nan).astype(dtype)
 
 
 def quantise(
@@ -102,13 +109,13 @@ def quantise(
     """Divide `x` by `scale` and round to nearest in `dtype`.
 
     Args:
-        scale: The scale; None for `scale_of(x, dtype)`, computed from the global array.
+        scale: The scale; None for the scale for the largest magnitude in the global array.
 
     Returns:
         The 8-bit array, and the largest magnitude in `x`, in float32.
     """
-    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    scale = scale_of(x, dtype) if scale is None else scale
+    largest = largest_in(x)
+    scale = scale_for(largest, dtype) if scale is None else scale
     values = narrowed(x, 1 / scale, dtype)
     return Quantised(values, jnp.moveaxis(values, -1, 0), scale), largest
 

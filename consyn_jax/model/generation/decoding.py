@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from consyn_jax.distributed.mesh import RULES
 from consyn_jax.model.attention import causal_attention
-from consyn_jax.model.block_matmuls import Matmuls
+from consyn_jax.model.block_matmuls import PlainMatmuls
 from consyn_jax.model.embedding import lookup
 from consyn_jax.model.generation.draws import Filters, FilterValues, draw, filtered, row_keys
 from consyn_jax.model.generation.runtime_weights import Weights, product
@@ -164,10 +164,10 @@ def _hidden(
     """
     x_BTD = lookup(weights["embedding"], ids_BT, weights["embedding"].dtype)
     rotates = config.rotary_layers or (True,) * config.num_layers
-    still = rotated_where(rope, jnp.array(False))
+    still, matmuls = rotated_where(rope, jnp.array(False)), PlainMatmuls(product)
     for layer, attend, turns in zip(weights["layers"], attends, rotates, strict=True):
         block: Block = nnx.merge(_block(config), layer)
-        x_BTD = block.parts(x_BTD, rope if turns else still, attend, None, Matmuls(product))[-1]
+        x_BTD = block.parts(x_BTD, rope if turns else still, attend, None, matmuls)[-1]
     return x_BTD
 
 

@@ -69,12 +69,7 @@ def branched_norm_gradients(
     dx_BTD: Float[Array, "B T D"],
     dnormed: tuple[Float[Array, "B T D"], ...],
 ) -> tuple[Float[Array, "B T D"], Float[Array, " D"]]:
-    """Gradients of the stream and of the norm's scale; the reference is `norm_gradients`.
-
-    Args:
-        dx_BTD: Gradient of the stream from its other readers.
-        dnormed: Gradient of the norm from each matmul that reads it.
-    """
+    """The kernel of `norm_gradients` (model/fp8/operands.py), with the same arguments."""
     if _splits_readers():
         dnormed = (sum(dnormed[1:], dnormed[0]),)
     return _backward(eps, len(dnormed), (x_BTD, scale_D), (dx_BTD, *dnormed))

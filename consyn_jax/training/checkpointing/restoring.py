@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import jax
 from etils import epath  # type: ignore[import-untyped]
 
 from consyn_jax.errors import UserError
-from consyn_jax.model.fp8.quantisation import first_scales
 from consyn_jax.training.checkpointing.checkpoint_files import STATE, damage
 from consyn_jax.training.checkpointing.commit import RECORD
-from consyn_jax.training.step import TrainState
+from consyn_jax.training.step import TrainState, new_scales
 
 OTHER = "Resume from another checkpoint with --resume STEP."
 
@@ -61,12 +59,13 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
     stored = like._replace(scales=_stored_scales(saved.get("scales") or (), like))
     check_model(place, array_types(saved), array_types(stored))
     restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
-    # Partial, because checkpoints from before fp8 had scales do not even name the field.
-    arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore=not stored.scales)
+    # Checkpoints from before fp8 had scales do not even name the field. For all others, Orbax
+    # checks that the structures are equal.
+    arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore="scales" not in saved)
     found: TrainState = handler.restore(state, args=arguments)
     if len(stored.scales) == len(like.scales):
         return found
-    return found._replace(scales=_new_scales(like) if like.scales else ())
+    return found._replace(scales=new_scales(like.scales))
 
 
 def _stored_scales(saved: Any, like: TrainState) -> tuple[Any, ...]:
@@ -76,12 +75,6 @@ def _stored_scales(saved: Any, like: TrainState) -> tuple[Any, ...]:
     return tuple(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.step.sharding) for leaf in saved
     )
-
-
-def _new_scales(like: TrainState) -> tuple[jax.Array, ...]:
-    (scales,) = like.scales
-    make = jax.jit(partial(first_scales, scales.shape[0]), out_shardings=scales.sharding)
-    return (make(),)
 
 
 def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:

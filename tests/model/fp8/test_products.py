@@ -12,7 +12,7 @@ import pytest
 
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.fp8.products import How, fp8_linear, fp8_normed_mlp, fp8_normed_qkv
-from consyn_jax.model.fp8.quantisation import ARRAYS, FORWARD, GRADIENT, scale_of
+from consyn_jax.model.fp8.quantisation import ARRAYS, FORWARD, GRADIENT, largest_in, scale_for
 from consyn_jax.model.linear import MlpWeights
 from consyn_jax.model.norms import rms_norm
 from consyn_jax.model.parameters import initial_parameters
@@ -70,12 +70,15 @@ def test_the_product_and_both_gradients_equal_numpy(dtype: Any, recast: bool) ->
 def test_nonfinite_values_are_not_hidden(wrong: float) -> None:
     """A GPU converts infinity to the largest 8-bit number; a NaN scale shows in every product."""
     x = jnp.ones((4, 16)).at[1, 2].set(wrong)
-    assert np.isnan(scale_of(x, FORWARD))
+    assert np.isnan(scale_for(largest_in(x), FORWARD))
     assert np.all(np.isnan(fp8_linear(x, jnp.ones((16, 16)))))
 
 
 SCALES = dict(zip(ARRAYS, 2.0 ** np.arange(-5, 6), strict=True))
 GIVEN = jnp.asarray(list(SCALES.values()), jnp.float32)
+HUGE = 1e4  # by which gradients are multiplied, so that every scale clips some
+# Matmuls that read an array. Separate ones report its maximum each, and JAX adds up the reports.
+READERS = np.array([{"attention_input": 3, "mlp_input": 2}.get(name, 1) for name in ARRAYS])
 
 
 def narrowed(x: Any, dtype: Any, scale: float) -> np.ndarray:
@@ -107,51 +110,61 @@ def block(seed: int, biased: bool) -> tuple[jax.Array, jax.Array, jax.Array, Mlp
     return *made, MlpWeights(*(numbers(seed + 9 + i, *shape) for i, shape in enumerate(shapes)))
 
 
-def composed(x: Any, added: Any, mlp: MlpWeights) -> tuple[jax.Array, jax.Array]:
+def composed(x: Any, added: Any, mlp: MlpWeights, scales: Any) -> tuple[jax.Array, jax.Array]:
     """The MLP from separate matmuls, differentiated by JAX."""
     x = x + added
     normed = rms_norm(x, mlp.norm, 1e-5)
-    gate, up = fp8_linear(normed, mlp.gate), fp8_linear(normed, mlp.up)
+    gate = fp8_linear(normed, mlp.gate, scales, "mlp_input", "gate")
+    up = fp8_linear(normed, mlp.up, scales, "mlp_input", "up")
     if mlp.gate_bias is not None:
         gate, up = gate + mlp.gate_bias, up + mlp.up_bias
-    return x, fp8_linear(jax.nn.silu(gate) * up, mlp.down)
+    return x, fp8_linear(jax.nn.silu(gate) * up, mlp.down, scales, "down_input", "down")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("recast", [False, True])
-def test_the_mlp_equals_its_matmuls(biased: bool, recast: bool) -> None:
+@pytest.mark.parametrize("scales", [None, GIVEN])
+def test_the_mlp_equals_its_matmuls(biased: bool, recast: bool, scales: Any) -> None:
     x, added, _, mlp = block(0, biased)
-    ours = jax.vjp(lambda *a: fp8_normed_mlp(*a, None, How(recast)), x, added, mlp)
-    theirs = jax.vjp(composed, x, added, mlp)
-    check_equal(ours, theirs, (numbers(30, 2, 5, 16), numbers(31, 2, 5, 16)))
+    ours = jax.vjp(lambda *a: fp8_normed_mlp(*a, How(recast)), x, added, mlp, scales)
+    theirs = jax.vjp(composed, x, added, mlp, scales)
+    check_equal(ours, theirs, (numbers(30, 2, 5, 16), HUGE * numbers(31, 2, 5, 16)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recast", [False, True])
-def test_queries_keys_and_values_equal_their_matmuls(recast: bool) -> None:
+@pytest.mark.parametrize("scales", [None, GIVEN])
+def test_queries_keys_and_values_equal_their_matmuls(recast: bool, scales: Any) -> None:
     x, _, norm, _ = block(0, False)
     weights = numbers(5, 16, 4, 6), numbers(6, 16, 2, 6), numbers(7, 16, 2, 6)
 
-    def separate(x: Any, norm: Any, weights: Any) -> Any:
+    def separate(x: Any, norm: Any, weights: Any, scales: Any) -> Any:
         normed = rms_norm(x, norm, 1e-5)
-        return x, tuple(fp8_linear(normed, w) for w in weights)
+        pairs = zip(weights, ("q", "k", "v"), strict=True)
+        return x, tuple(fp8_linear(normed, w, scales, "attention_input", name) for w, name in pairs)
 
-    ours = jax.vjp(lambda *a: fp8_normed_qkv(*a, None, How(recast)), x, norm, weights)
-    dys = tuple(numbers(8 + i, 2, 5, width) for i, width in enumerate((24, 12, 12)))
-    check_equal(ours, jax.vjp(separate, x, norm, weights), (numbers(11, 2, 5, 16), dys))
+    ours = jax.vjp(lambda *a: fp8_normed_qkv(*a, How(recast)), x, norm, weights, scales)
+    dys = tuple(HUGE * numbers(8 + i, 2, 5, width) for i, width in enumerate((24, 12, 12)))
+    theirs = jax.vjp(separate, x, norm, weights, scales)
+    check_equal(ours, theirs, (numbers(11, 2, 5, 16), dys))
 
 
 def check_equal(ours: Any, theirs: Any, gradients: Any) -> None:
-    """The results of two `jax.vjp`, and what they give for the same gradients."""
-    for got, want in (
-        *zip(jax.tree.leaves(ours[0]), jax.tree.leaves(theirs[0]), strict=True),
-        *zip(
-            jax.tree.leaves(ours[1](gradients)), jax.tree.leaves(theirs[1](gradients)), strict=True
-        ),
+    """The results of two `jax.vjp`, and what they give for the same gradients.
+
+    The last argument of both functions is the scales.
+    """
+    *ours_of, largest = ours[1](gradients)
+    *theirs_of, reported = theirs[1](gradients)
+    for got, want in zip(
+        jax.tree.leaves((ours[0], ours_of)), jax.tree.leaves((theirs[0], theirs_of)), strict=True
     ):
         distance = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
         assert distance < 1e-5
+    assert (largest is None) == (reported is None)
+    if largest is not None:
+        np.testing.assert_allclose(largest * READERS, reported, rtol=1e-5)
 
 
 def test_on_eight_devices_scales_are_those_of_whole_arrays() -> None:

@@ -68,3 +68,12 @@ def test_too_large_values_are_clipped_and_nonfinite_ones_are_not_hidden(dtype: A
     np.testing.assert_array_equal(found[:2], [top, -top])
     assert abs(found[2] / (2 * top / 3) - 1) < 1 / 8
     assert np.isnan(found[3:]).all()
+
+
+@pytest.mark.parametrize("dtype", [FORWARD, GRADIENT])
+def test_values_whose_quotient_overflows_are_clipped(dtype: Any) -> None:
+    top = float(jnp.finfo(dtype).max)
+    x = jnp.asarray([3e38, -3e38, 0, 2.0**-61, jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    narrow = jax.jit(lambda inverse: narrowed(x, inverse, dtype).astype(jnp.float32))
+    np.testing.assert_array_equal(narrow(jnp.float32(2.0**60)), [top, -top, 0, 0.5, *[np.nan] * 3])
+    assert np.isnan(narrow(jnp.float32(np.nan))).all()

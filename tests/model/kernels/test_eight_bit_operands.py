@@ -94,6 +94,14 @@ def test_nonfinite_values_are_not_hidden(wrong: float) -> None:
         assert np.isnan(np.asarray(written.transposed, np.float32)[2, 0, 1])
 
 
+def test_values_whose_quotient_overflows_are_clipped() -> None:
+    gate, up = jnp.full((1, 4, 64), 1e15), jnp.full((1, 4, 64), -3e18)
+    given = gate, up, jnp.float32(2.0**-60)
+    found = eight_bit_swiglu(*given)
+    check_equal(found, swiglu_in_8_bits(*given))
+    assert np.all(np.asarray(found[0].values, np.float32) == -448)
+
+
 @pytest.mark.slow
 def test_on_eight_devices_both_layouts_and_maxima_are_those_of_whole_arrays() -> None:
     mesh = build_mesh(dict.fromkeys(AXES, 1) | {"data": 2, "context": 2, "tensor": 2})
