@@ -96,7 +96,7 @@ class Program:
         seed: Random seed of dropout.
         max_nonfinite_steps: Number of consecutive non-finite steps after which the state is frozen.
         host_moments: Whether the moments are in host memory (training/optim/offload.py).
-        schedule: Learning-rate schedule, for `learning_rate`; None if the step counts no updates.
+        schedule: Learning-rate schedule, for `learning_rate`; None turns counting of updates off.
         lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
             every batch includes the frozen weights as `BASE`.
         base_types: Dtypes of the frozen weights; None without an adapter.
@@ -160,7 +160,7 @@ class Program:
     def chunks(self) -> Chunks:
         """The chunk size and memory layout of the logits that suit the devices.
 
-        On CPUs, only float32 uses `CPU_CHUNKS`: XLA may not support its layout in narrower dtypes.
+        On CPUs, only float32 uses `CPU_CHUNKS`: XLA may not support this layout in narrower dtypes.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
@@ -257,7 +257,7 @@ class Program:
         return TrainState(step, params, opt_state, nonfinite, scales)
 
     def first_scales(self) -> tuple[jax.Array, ...]:
-        """Create the scales of a state that has made no step in fp8; empty without fp8."""
+        """Create the fp8 scales of the initial state; empty without fp8."""
         return (first_scales(self.config.num_layers),) if self.compute.fp8 else ()
 
     def step(self, rule: optax.GradientTransformation, max_grad_norm: Number) -> Step:
@@ -304,7 +304,7 @@ class Program:
         return self.lower_step(self.train_step(), batch)
 
     def lower_step(self, step: Step, batch: Batch) -> jax.stages.Lowered:
-        """Lower a step, which donates the state, with compiler settings for the mesh's devices."""
+        """Lower a step that donates its state, with compiler settings for the mesh's devices."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         options = compiler_options(list(self.mesh.devices.flat)) or None
         out = shardings, None
