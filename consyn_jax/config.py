@@ -139,13 +139,13 @@ class DataOptions(CorpusOptions):
     on_long_rows: str | None = flag(
         None,
         "what --packing whole does with a row longer than a sequence (for rows with prompts: "
-        "truncate; other documents are continued in the next sequence)",
+        "truncate; for other documents: continue in the next sequence)",
         choices=("truncate", "drop", "error"),
         math=True,
     )
     max_tokens: int | None = flag(
         None,
-        "length of a training sequence, in tokens (that of --model; with --checkpoint, long "
+        "length of a training sequence, in tokens (from --model; with --checkpoint: long "
         "enough for 99 % of the rows, but at most the model's context)",
         math=True,
     )

@@ -165,7 +165,7 @@ def _without_followers(
         return file
     chosen, start = _chosen(file, origin), {"model", "checkpoint"}
     names = {str(key).lstrip("-").replace("-", "_") for key in given}
-    if names & start and file["checkpoint"] in (None, file["model"]):  # one of them names both
+    if names & start and file["checkpoint"] in (None, file["model"]):  # one flag names both
         return {name: value for name, value in chosen.items() if name not in start}
     return chosen
 
@@ -188,7 +188,7 @@ def _chosen(file: Mapping[str, Any], origin: str) -> dict[str, Any]:
     choose(n for n in file if n in FOLLOWERS and n not in first and n not in _FITTED)
     try:
         _fit_model(values, origins)
-    except UserError:  # the width has no whole share for a head
+    except UserError:  # the width is not a multiple of the number of heads
         values["head_dim"] = None
     choose(n for n in file if n in _FITTED)
     return chosen

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Check whether this machine is fit for training: driver, GPUs, CUDA, cuDNN, JAX,
-attention, speed, disk and limits. Each check prints pass, warn or fail, with
-advice, or info: a measured value for which there is no reference."""
+attention, speed, disk and limits. Each check prints pass, warn or fail. After
+warn and fail, it prints advice. A line with info shows a measured value for
+which there is no reference."""
 USAGE = "[FLAG ...]"
 EPILOG = """\
 examples:

@@ -90,7 +90,7 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
 
 
 def _check_study(config: TuneConfig, varied: VariedRun) -> None:
-    """Check the study's directory. For a search, check also Optuna and `--vectorize`."""
+    """Check the study's directory. For a search, also check Optuna and `--vectorize`."""
     from consyn_jax.tuning.study_directory import check_output
 
     if config.ladder.ladder is None:

@@ -67,7 +67,7 @@ class Mixture:
     def places(
         self, positions: Int64[np.ndarray, " n"]
     ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-        """Return the number of the source of each position, and the position within that source."""
+        """Return, for each position, the number of the source and the position in this source."""
         cycles, offsets = np.divmod(positions, self.quotas.sum())
         sources, indices = np.empty_like(positions), np.empty_like(positions)
         for cycle in np.unique(cycles):
@@ -87,7 +87,7 @@ class Mixture:
         }
 
     def passes(self, position: int) -> dict[str, int]:
-        """Return the number of complete passes over each source before `position`, by its name."""
+        """Count the complete passes over each source before `position`, by name of the source."""
         return {
             name: count // len(self.datasets[name]) for name, count in self.counts(position).items()
         }

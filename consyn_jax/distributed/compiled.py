@@ -81,7 +81,7 @@ class Instruction:
 
     @property
     def trips(self) -> int:
-        """Trip count of a loop; 1 if XLA did not write it."""
+        """Trip count of a loop; 1 if the text does not contain the count."""
         found = _TRIPS.search(self.rest)
         return int(found[1]) if found else 1
 
@@ -283,7 +283,7 @@ def unread_bytes(
 
 
 def _sliced_bytes(array: Instruction, body: list[Instruction], whole: int) -> int:
-    """Count the bytes that a computation reads by slicing `array`; `whole` if it reads all."""
+    """Count the bytes of `array` that a computation reads; `whole` is the size of `array`."""
     readers = [each for each in body if array.name in each.operands]
     total = 0
     for reader in readers:
@@ -308,7 +308,7 @@ def array_bytes(array: Array) -> int:
 def collectives(
     program: list[Instruction], mesh: Mapping[str, int] | None = None
 ) -> list[Collective]:
-    """Sum the collectives of one run of the program by kind, dtype and axes.
+    """Sum the collectives by kind, dtype and axes, over one run of the program.
 
     Args:
         mesh: sizes of the mesh's axes, in the order in which the program numbers the devices.
@@ -327,7 +327,7 @@ def collectives_of(
 ) -> list[Collective]:
     """List the collectives that one execution of an instruction starts, one per array.
 
-    The list is empty if the instruction is no collective.
+    The list is empty if the instruction is not a collective.
     """
     kind = instruction.operation.removesuffix("-start")
     if kind not in _COLLECTIVES:

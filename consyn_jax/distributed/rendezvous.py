@@ -36,9 +36,9 @@ def meet(
         The process group, and the answer.
 
     Raises:
-        UserError: A process was started twice, or `answer` raised the error. Every process raises
-            the same message. If a process of another launch connects by mistake, only that process
-            raises an error, and process 0 keeps waiting for the missing ones.
+        UserError: A process was started twice, or `answer` raised a `UserError`. Every process
+            raises the same message. If a process of another launch connects by mistake, only that
+            process raises an error, and process 0 keeps waiting for the missing processes.
         ProcessMissing: Process 0 does not answer, or other processes did not connect. Every process
             raises the same message.
     """

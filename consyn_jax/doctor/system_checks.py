@@ -18,7 +18,7 @@ VOLATILE = {"tmpfs": "a reboot", "ramfs": "a reboot", "overlay": "the container"
 
 
 def check_storage(storage: Storage) -> list[Finding]:
-    """Judge the disk: its free space, its speed, its locks, and whether its files last."""
+    """Judge the disk: free space, speed, file locks, and whether files are permanent."""
     where = storage.directory
     if storage.refusal and storage.free >= LEAST_FREE:
         return [

@@ -34,8 +34,8 @@ class Storage:
         refusal: why nothing can be written there; empty if writing works.
         write_rate: bytes per second, flushed to the disk; None if it was not measured.
         read_rate: bytes per second; None if it was not measured.
-        locks: "exclusive" if locks work, "shared by all" if a second process gets a held lock,
-            "missing" if there are none; None if it was not tried.
+        locks: "exclusive" if locks work; "shared by all" if a second process can acquire a lock
+            that is already held; "missing" if there are no locks; None if this was not tried.
     """
 
     directory: str

@@ -86,8 +86,8 @@ def forward_order(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Names of all parameters, in the order in which the forward pass uses them.
 
     Returns:
-        A dict with the name of each parameter outside the blocks as a key, and an empty tuple as
-        value. The key "layers" has the names of the parameters of one block.
+        A dict with the names of the parameters outside the blocks as keys, and empty tuples as
+        values. The value of the key "layers" has the names of the parameters of one block.
     """
     order: dict[str, tuple[str, ...]] = {}
 

@@ -84,7 +84,9 @@ class Compute:
 
 
 class Block(nnx.Module):
-    """One decoder block: attention and SwiGLU, each on a normed input, each added to the residual.
+    """One decoder block: attention and SwiGLU.
+
+    Each of the two reads the normed residual stream, and its output is added to the stream.
 
     The parameters are declared in the order in which the forward pass uses them;
     `parameters.forward_order` relies on it.
@@ -143,7 +145,7 @@ class Block(nnx.Module):
         """Compute the outputs of both branches and of the block, as named in `BLOCK_PARTS`.
 
         Args:
-            matmuls: The matmuls, with the norms in front of them.
+            matmuls: The matmuls, including the norms before them.
         """
         with jax.named_scope("attention"):
             weights = self.q[...], self.k[...], self.v[...]

@@ -30,8 +30,8 @@ def ring_seconds(
     """Seconds of an all-gather or reduce-scatter along axes of the mesh, by a ring.
 
     Each of the n GPUs sends (n - 1) / n of the payload. If the ring crosses hosts, the network
-    ports of its GPUs on a host work in parallel. The rate is that of these ports together, or of
-    the link between two GPUs of a host if the link is slower. Each hop adds its delay.
+    ports of its GPUs on a host work in parallel. These ports together, or the link between two GPUs
+    of a host if it is slower, determine the rate. Each hop adds a delay.
 
     Args:
         payload: bytes of the whole arrays.
@@ -47,8 +47,8 @@ def all_reduce_seconds(
 ) -> float:
     """Seconds of an all-reduce of `payload` bytes along axes of the mesh.
 
-    It sends twice the bytes of an all-gather. Across hosts, its delay is that of a tree, which NCCL
-    uses since version 2.4.
+    An all-reduce sends twice the bytes of an all-gather. Across hosts, the delay is computed for a
+    tree, which NCCL has used since version 2.4.
     """
     size, hosts = _group(axes, tuple(sizes.items()), topology.gpus_per_host)
     delay = 2 * (

@@ -151,9 +151,9 @@ class Alternative:
     def cost(self) -> tuple[bool, float, int]:
         """Sort key of a variant; the smallest is the best.
 
-        Variants that keep the dtype of the moments come first. Then the step with the shorter
-        estimated time wins, and then the variant with fewer changes. If times are unknown, less
-        recomputation counts as shorter, and then fewer micro-batches.
+        Variants that keep the dtype of the moments come first. Among these, variants with a shorter
+        estimated step time come first, and then variants with fewer changes. If times are unknown,
+        variants with less recomputation come first, and then variants with fewer micro-batches.
         """
         time, work = self.plan.time, self.plan.work
         recomputed = REMAT_POLICIES.index(work.remat)  # from none to most
@@ -185,8 +185,8 @@ def alternatives(plan: Plan) -> list[Alternative]:
 def adapter_that_fits(plan: Plan) -> Alternative | None:
     """Find the cheapest LoRA variant of a plan that fits; None if there is none.
 
-    This is advice for a plan of which no other variant fits. Of the dtypes auto, int8 and nf4, the
-    frozen weights have the most exact one that fits.
+    This is advice for a plan of which no other variant fits. The dtypes auto, int8 and nf4 of the
+    frozen weights are tried in this order.
     """
     lora, rank = plan.run.lora, {}
     if not lora.is_used:

@@ -143,7 +143,7 @@ def differing(runs: Sequence[RecordedRun]) -> list[tuple[str, list[str]]]:
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
-    """Format values as text, with 6 digits, or with all if 6 would make two values look equal."""
+    """Format values with 6 digits, or with all digits if different values would look equal."""
     whole = [_text(value) for value in values]
     short = [
         f"{value:.6g}" if isinstance(value, float) else text

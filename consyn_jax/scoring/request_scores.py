@@ -45,7 +45,7 @@ class TaskScores:
 
     Attributes:
         answers: The scores for each request.
-        notes: Notes for the user, about truncated contexts and keys that are not read.
+        notes: Notes for the user: about truncated contexts, and about keys that are ignored.
         texts: The generated text for each question.
     """
 

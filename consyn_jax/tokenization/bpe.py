@@ -128,7 +128,7 @@ class BPETokenizer:
         """Train a tokenizer on UTF-8 text files. The vocabulary depends only on the text.
 
         Raises:
-            UserError: a file is missing or not UTF-8, or `train_from_iterator` raises the error.
+            UserError: a file is missing or not UTF-8, or `train_from_iterator` raises this error.
         """
         paths = [files] if isinstance(files, str | Path) else files
         return cls.train_from_iterator(
@@ -349,9 +349,9 @@ class BPETokenizer:
     def _config(self, model_type: str | None) -> dict[str, Any] | None:
         """Return the tokenizer_config.json to write; None to keep the original unchanged.
 
-        If the file names no tokenizer class, transformers uses the class of the model type, which
-        may split text differently. So a missing class is added, unless the type of the model is the
-        one that the tokenizer was published with.
+        If the original names no tokenizer class, transformers uses the class of the model type,
+        which may split text differently. So the class is added, unless the tokenizer was published
+        with a model of the type `model_type`.
         """
         kept = self._files.kept
         theirs = json.loads(kept[CONFIG]) if CONFIG in kept else {}

@@ -249,7 +249,7 @@ class Training:
         """Perform the actions that are due at the end of a step.
 
         Returns:
-            The state, in which the learning rate may be lower, and whether the run is over.
+            The state, possibly with a lower learning rate, and whether the run is over.
         """
         began, is_early_stop = time.perf_counter(), False
         if due.evaluate:

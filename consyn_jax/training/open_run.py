@@ -222,7 +222,7 @@ def open_records(
 def _open_callbacks(
     inputs: RunInputs, opened: OpenRun, progress: Progress, resumed: int | None
 ) -> Callbacks:
-    """Start trackers and callbacks in the process that writes."""
+    """Start trackers and callbacks, only in the process that writes to the run directory."""
     if not opened.writes:
         return Callbacks()
     run = inputs.run
@@ -240,7 +240,7 @@ def _open_callbacks(
 
 
 def _advised(inputs: RunInputs) -> RunSettings:
-    """Collect the settings on which the advice printed during the run depends."""
+    """Collect the settings that are needed to give advice during the run."""
     run, total_steps = inputs.run, inputs.lengths.total_steps
     optimizer, budget = run.optimizer, run.budget
     return RunSettings(

@@ -97,7 +97,7 @@ class Program:
         seed: Random seed of dropout.
         max_nonfinite_steps: Number of consecutive non-finite steps after which the state is frozen.
         host_moments: Whether the moments are in host memory (training/optim/offload.py).
-        schedule: Learning-rate schedule, for `learning_rate`; None if the step counts no updates.
+        schedule: Learning-rate schedule, for `learning_rate`; None turns counting of updates off.
         lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
             every batch includes the frozen weights as `BASE`.
         base_types: Dtypes of the frozen weights; None without an adapter.
@@ -161,7 +161,7 @@ class Program:
     def chunks(self) -> Chunks:
         """The chunk size and memory layout of the logits that suit the devices.
 
-        On CPUs, only float32 uses `CPU_CHUNKS`: XLA may not support its layout in narrower dtypes.
+        On CPUs, only float32 uses `CPU_CHUNKS`: XLA may not support this layout in narrower dtypes.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32
@@ -303,7 +303,7 @@ class Program:
         return self.lower_step(self.train_step(), batch)
 
     def lower_step(self, step: Step, batch: Batch) -> jax.stages.Lowered:
-        """Lower a step, which donates the state, with compiler settings for the mesh's devices."""
+        """Lower a step that donates its state, with compiler settings for the mesh's devices."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_like)
         options = compiler_options(list(self.mesh.devices.flat)) or None
         out = shardings, None

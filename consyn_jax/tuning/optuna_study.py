@@ -25,8 +25,8 @@ from consyn_jax.tuning.study_directory import CLAIMS, JOURNAL, STUDY
 from consyn_jax.tuning.study_journal import check_trials, open_journal, refuse_links
 from consyn_jax.tuning.tune_options import StudyOptions
 
-DEFINITION = "definition"  # a user attribute of the study: what all its trials have in common
-ASKING_S = 0.05  # seconds between two attempts to get the lock for asking for a trial
+DEFINITION = "definition"  # a user attribute of the study: the settings that all its trials share
+ASKING_S = 0.05  # seconds between two attempts to acquire the lock of `_asking`
 LARGEST_SEED = 2**32
 Definition = dict[str, Any]
 
@@ -62,7 +62,7 @@ class OptunaStudy:
         definition: settings common to all trials, which must be the same at every start.
         num_evaluations: number of evaluations of a trial that is not pruned.
         seed: the sampler's seed.
-        overwrite: whether to delete an existing study of this name in a database first.
+        overwrite: whether to delete an existing study with the same name from `--storage`.
 
     Raises:
         UserError: Optuna is not installed, the storage cannot be used, or the directory contains
@@ -113,7 +113,7 @@ class OptunaStudy:
         """Report the end of a trial to Optuna.
 
         Args:
-            value: the result; None for a trial without one, which samplers treat as bad.
+            value: the result; None if there is no result. Samplers treat such a trial as a bad one.
         """
         state = self._optuna.trial.TrialState
         try:
@@ -214,7 +214,7 @@ class OptunaStudy:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """A lock that a process holds while it counts the trials, and claims or begins one."""
+        """Hold a lock while this process counts the trials, and claims or begins a trial."""
         place = self._place / "asking"
         with _usable(place):
             make_directory(place)
@@ -266,15 +266,16 @@ class OptunaStudy:
                 return pruners.HyperbandPruner(max_resource=most)
             case "none":
                 return pruners.NopPruner()
-        # Pruning begins after 4 trials and a twentieth of a trial's evaluations. Beginning after 3
-        # trials and a tenth saves as many steps, and loses the best trial twice as often; after 5
-        # (Optuna's default) and a fifth, it saves fewer (benchmarks/search_quality.py).
+        # Pruning begins after 4 trials and a twentieth of a trial's evaluations. Measured with
+        # benchmarks/search_quality.py: with 3 trials and a tenth, pruning saves as many steps, but
+        # loses the best trial twice as often. With 5 trials (Optuna's default) and a fifth, it
+        # saves fewer steps.
         return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=most // 20)
 
 
 @contextmanager
 def _usable(place: Path) -> Iterator[None]:
-    """A context that turns errors about the study's directory into a `UserError` that names it."""
+    """Turn errors about files in the study's directory into a `UserError` that names the file."""
     try:
         yield
     except OSError as error:

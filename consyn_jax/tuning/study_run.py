@@ -1,7 +1,6 @@
-"""Run this process's part of a study, from its definition to its best values.
+"""Run a study in this process: train trials, and write the results.
 
-Trials train one after the other, or side by side in lanes, each of which works like a separate
-process.
+Trials are trained one after the other, or side by side in threads, which are called lanes.
 """
 
 from __future__ import annotations
@@ -48,11 +47,12 @@ class Tuning:
 
     Args:
         varied: the user's flags, from which the run of each trial is resolved.
-        base: settings of a run with the first value of each searched flag, with its data prepared.
+        base: settings of a run with the first value of each searched flag; the data is already
+            prepared.
         trainer_inputs: function that returns the keyword arguments of a trainer, for a run.
 
     Raises:
-        UserError: the search space, the metric, the pruner or the directory does not fit.
+        UserError: the search space, the metric, the pruner or the directory cannot be used.
     """
 
     def __init__(

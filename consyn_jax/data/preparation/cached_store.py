@@ -65,7 +65,7 @@ class Prepared:
         report: counts of the preparation, empty for data that was tokenised already.
         from_cache: whether the store was already complete in the cache.
         validation: the sources in `used` that are validation data.
-        one_writer: why `--shared_directory` had no effect; "" if it had, or was not given.
+        one_writer: why `--shared_directory` had no effect; "" if it had an effect or was not given.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -193,8 +193,8 @@ class Growing:
         The split only grows: the positions of earlier documents do not change.
 
         Args:
-            tokens: number of tokens to wait for, unless the preparation is complete earlier; None
-                waits for the complete preparation.
+            tokens: number of tokens to wait for; None to wait for the complete preparation. If the
+                preparation is complete with fewer tokens, the wait ends as well.
 
         Raises:
             Exception: the preparation failed; this is its error, usually a `UserError`.
@@ -214,7 +214,9 @@ class Growing:
                 self._changed.wait()
 
     def beginning(self) -> Report:
-        """Wait for the first part, and return its counts; after the end, the counts of all data.
+        """Wait for the first part of the data, and return its counts.
+
+        If the preparation is complete, return the counts of all data.
 
         Raises:
             UserError: the preparation failed.
@@ -269,7 +271,7 @@ class Growing:
 def _raw(
     corpus: Corpus, held_out: Corpus, validation_fraction: float, tokenizer: BPETokenizer
 ) -> Prepared:
-    """Open token files of other programs."""
+    """Open token files that another program wrote."""
     train, validation = (
         [Path(source.name) for source in found.sources] for found in (corpus, held_out)
     )
@@ -290,7 +292,7 @@ def _raw(
 def _given(
     corpus: Corpus, held_out: Corpus, options: CorpusOptions, tokenizer: BPETokenizer | None
 ) -> Prepared:
-    """Open data that is already tokenised: token stores, or token files of other programs."""
+    """Open tokenised data: token stores, or token files that another program wrote."""
     name = corpus.sources[0].name
     if options.tokenizer is not None and options.tokenizer.startswith("train:"):
         raise UserError(

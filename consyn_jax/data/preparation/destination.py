@@ -108,8 +108,8 @@ class Destination:
         """The journal of an earlier process that was making this store; None if there is none.
 
         Raises:
-            UserError: the journal cannot be read; or, in the user's directory, it is damaged or
-                belongs to another store.
+            UserError: the journal cannot be read. In the user's directory, this is also raised if
+                the journal is damaged or belongs to another store.
         """
         path = self.preparing / JOURNAL
         try:
@@ -167,8 +167,8 @@ class Destination:
             stop: called while waiting for another process; the wait ends if it returns true.
 
         Raises:
-            UserError: the directory cannot be written; or it is the user's directory, and another
-                process is preparing a store there.
+            UserError: the directory cannot be written, or another process is preparing a store in
+                the user's directory.
             Stopped: `stop` returned true.
         """
         lock = self._wait_for_lock(stop)

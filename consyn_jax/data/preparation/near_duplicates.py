@@ -104,12 +104,12 @@ class NearDuplicates(Recorded):
         path: the file, created if missing.
         threshold: smallest share of equal entries of two signatures at which the later document is
             left out, in (0, 1].
-        count: valid documents in the file; later ones are cut off.
+        count: number of valid documents in the file; the rest of the file is cut off.
 
     Raises:
         ValueError: the threshold is outside its range, or the file holds fewer documents than
             `count`.
-        OSError: the file cannot be read or written, here and in every method.
+        OSError: the file cannot be read or written. All methods can raise this error, too.
     """
 
     def __init__(self, path: Path, threshold: float, count: int = 0) -> None:
@@ -184,7 +184,7 @@ class NearDuplicates(Recorded):
 def band_keys(
     signatures: UInt32[np.ndarray, "n 128"], threshold: float
 ) -> UInt64[np.ndarray, "n bands"]:
-    """The key of each band: a hash of its rows and of its number."""
+    """The key of each band: a hash of the rows and the number of the band."""
     num_bands, rows = bands_and_rows(threshold)
     bands = signatures[:, : num_bands * rows].astype(np.uint64).reshape(-1, num_bands, rows)
     sums = (bands * _CONSTANTS[:rows]).sum(axis=2, dtype=np.uint64) + _CONSTANTS[
@@ -194,5 +194,5 @@ def band_keys(
 
 
 def worded(signatures: UInt32[np.ndarray, "n 128"]) -> Bool[np.ndarray, " n"]:
-    """Whether each document has a word; the signatures of others say nothing about them."""
+    """Whether each document has a word; without words, a signature is all `EMPTY`."""
     return (signatures != EMPTY).any(axis=1)

@@ -54,8 +54,8 @@ def _whole(name: str, stream: ByteStream, start: Position, reading: Reading) -> 
     """Yield the parts of a file without separators.
 
     The file is one document. If it is the whole corpus (`reading.single`), it is cut into one
-    document for each split. Reading can resume after any part, because the division of the rest
-    into parts does not depend on the text before it.
+    document for each split. Reading can resume after any part, because the division into parts
+    does not depend on earlier text.
 
     Args:
         start: (bytes before the first part to read, number of finished documents). The number is 1

@@ -18,8 +18,8 @@ MEMORY = "digests.json"
 MOST = 100_000
 SMALL = 1 << 20
 # Two changes of a file within one tick of the file system's clock give the same time stamp. So a
-# hash is cached only if the last change of the file is older than this. The coarsest clock is that
-# of FAT, two seconds.
+# hash is cached only if the last change of the file is older than this. FAT has the coarsest clock,
+# with ticks of two seconds.
 SETTLED_NS = 2_000_000_000
 
 
@@ -58,7 +58,7 @@ class FileHashes:
         return digest
 
     def unknown(self, paths: Iterable[Path]) -> list[Path]:
-        """Those of the files that would be read to hash them, without small files."""
+        """List the files whose hashes are not cached; leave out small files."""
         found = [(path, path.stat()) for path in paths if path.is_file()]
         return [
             path
@@ -67,10 +67,10 @@ class FileHashes:
         ]
 
     def learn(self, path: Path, size: int, modified_ns: int, digest: str) -> None:
-        """Take the hash of a file that was read elsewhere, if the file is the same here.
+        """Cache a hash that another process computed, if the file has not changed since.
 
         Args:
-            size, modified_ns: size and time stamp of the file that was read.
+            size, modified_ns: size and time stamp of the file when it was hashed.
         """
         status = path.stat()
         if (status.st_size, status.st_mtime_ns) == (size, modified_ns):

@@ -64,9 +64,9 @@ class Tokens(ABC):
     def read_targets(self, start: int, out: np.ndarray) -> None:
         """Fill `out` with the target values of the tokens from `start` on.
 
-        A value is 1 for a target of the loss and 0 for other tokens. `GIVEN` marks the first token
-        of a document that needs no BOS; this token is only an input. `BETWEEN` marks the token
-        between the two sequences of a pair.
+        A value is 1 for a target of the loss and 0 for other tokens. If a document needs no BOS,
+        `GIVEN` marks its first token, which is only an input. `BETWEEN` marks the token between the
+        two sequences of a pair.
         """
         out[:] = 1
 

@@ -23,8 +23,8 @@ def check_target(output: Path, size: int, hub_name: str | None = None) -> None:
     """Check, before slow work, that `output` can be made and has room for `size` bytes.
 
     Args:
-        hub_name: Name of the Hub repository to upload to, for advice on repeating an upload; None
-            without upload.
+        hub_name: Hub repository to which the output will be uploaded; None for no upload. If the
+            output exists already, the error message has the command that uploads it.
 
     Raises:
         UserError: The output exists or cannot be created, or the disk is too full.

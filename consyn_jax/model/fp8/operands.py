@@ -1,4 +1,4 @@
-"""Writers of the 8-bit operands of matmuls: norm and SwiGLU, and their backward passes."""
+"""Norm, SwiGLU and their backward passes, which write the 8-bit operands of matmuls."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def norm_gradients(
     dx_BTD: Float[Array, "B T D"],
     dnormed: tuple[Float[Array, "B T D"], ...],
 ) -> tuple[Float[Array, "B T D"], Float[Array, " D"]]:
-    """Gradients of the normed stream and of the norm's scale.
+    """Gradients of `x_BTD` and of `scale_D`.
 
     Args:
-        dx_BTD: Gradient of the stream from its other readers.
-        dnormed: Gradient of the norm from each matmul that reads it.
+        dx_BTD: Gradient of `x_BTD` without the part that comes through the norm.
+        dnormed: Gradients of the norm's output, one from each matmul that reads this output.
     """
     dy_BTD = sum(dy.astype(jnp.float32) for dy in dnormed)
     pull = jax.vjp(lambda x, s: rms_norm(x, s, eps), x_BTD.astype(jnp.float32), scale_D)[1]
@@ -85,7 +85,7 @@ def swiglu_gradients_in_8_bits(
 
 
 class Writers(NamedTuple):
-    """The functions that write 8-bit operands; by default, the references of the kernels."""
+    """The functions that write 8-bit operands; by default, the reference implementations."""
 
     norm: Callable[..., tuple[jax.Array, Quantised, jax.Array]] = norm_in_8_bits
     norm_gradients: Callable[..., tuple[jax.Array, jax.Array]] = norm_gradients

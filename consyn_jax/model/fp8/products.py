@@ -1,9 +1,9 @@
 """The matmuls of a block in 8-bit floats, each with a backward pass written by hand.
 
-A matmul is differentiated together with what writes its operands, because an 8-bit array cannot
-carry a gradient of another dtype. Every function takes the scales of the block and returns, as the
-"gradient" of the scales, the largest magnitudes of the arrays that it quantised: those of
-gradients are known only in the backward pass.
+A matmul is differentiated together with the function that writes its operands, because an 8-bit
+array cannot carry a gradient of another dtype. Every function takes the scales of the block. Its
+backward pass returns the largest magnitudes of all quantised arrays as the "gradient" of the
+scales, because some of these arrays are gradients, which the forward pass does not have.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class How(NamedTuple):
 
     Attributes:
         recast: Whether the backward pass casts float32 weights again, as in `linear`.
-        eps: Of the norm.
+        eps: Epsilon of the norm.
         writers: Functions that write 8-bit operands.
     """
 
@@ -68,7 +68,7 @@ def _scaled_dot(
 def _times(
     x8: Quantised, w: Float[Array, "..."], dtype: Any, recast: bool
 ) -> tuple[jax.Array, _Weight]:
-    """Return x @ w, and what the backward pass needs of the weight."""
+    """Return x @ w, and the weight in the form that the backward pass needs."""
     matrix = w.reshape(x8.values.shape[-1], -1)
     scale = scale_for(largest_in(matrix), FORWARD)
     w8 = narrowed(matrix, 1 / scale, FORWARD)
@@ -184,7 +184,7 @@ def fp8_normed_mlp(
     scales: Scales | None,
     how: How,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Return x + added, and the output of SwiGLU on its RMS norm, without the output's bias."""
+    """Return y = x + added, and the MLP of the RMS norm of y, without the bias of the output."""
     return _mlp_forward(x_BTD, added_BTD, mlp, scales, how)[0]
 
 

@@ -32,12 +32,12 @@ UNROLLED_ROWS = 16  # up to this many rows, each row is written to the cache sep
 
 
 class Plan(NamedTuple):
-    """Static arguments of the compiled programs; another plan means another compilation."""
+    """Static arguments of the compiled programs, which are compiled anew for each plan."""
 
     config: ModelConfig
     filters: Filters
     ends: tuple[int, ...]
-    attention: str  # of prefill, a key of `attention.BACKENDS`
+    attention: str  # backend of prefill, a key of `attention.BACKENDS`
     mesh: Mesh | None
 
 

@@ -1,4 +1,4 @@
-"""SwiGLU and its backward pass, which write 8-bit floats in both layouts, in Pallas for Triton."""
+"""Pallas kernels for Triton: SwiGLU and its backward pass, with 8-bit outputs in both layouts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 from consyn_jax.model.fp8.quantisation import FORWARD, GRADIENT, Quantised, Scale, narrowed
 from consyn_jax.model.kernels.branched_norm import load, store
 
-# Tokens and columns of a program's tile, 16 elements a thread. Both layouts are written 64 bytes at
-# a time, and the registers allow 28 warps a multiprocessor or more. By the compiled code; not
-# measured.
+# Tokens and columns of a tile: 16 elements per thread. Both layouts are written 64 bytes at a time,
+# and the registers allow at least 28 warps per multiprocessor. This follows from the compiled code;
+# no other choice was measured.
 TILE, NUM_WARPS = 64, 8
 
 Activation = Float[Array, "B T F"]
@@ -66,7 +66,7 @@ def _on_the_mesh(
 
 
 def _call(kernel: Any, scales: Any, arrays: tuple[jax.Array, ...], dtype: Any) -> Any:
-    """Return lists with an array for each scale: the values, the transposed ones, the maxima."""
+    """Return three lists with one array per scale: values, transposed values, tile maxima."""
     B, T, F = arrays[0].shape
     assert B * T * F < 2**31, "kernels count elements in 32 bits"
     rows, columns, count = pl.cdiv(B * T, TILE), pl.cdiv(F, TILE), len(scales)

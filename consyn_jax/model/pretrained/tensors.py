@@ -41,7 +41,7 @@ class Part(NamedTuple):
     def read(
         self, read: Callable[[slice, slice | None], np.ndarray], index: tuple[slice, ...]
     ) -> np.ndarray:
-        """Read a slice of the parameter, or of one layer of it, in the dtype of the file.
+        """Read a slice of the parameter or layer that this part holds, in the dtype of the file.
 
         Args:
             read: Function that reads from the tensor. It takes a slice of this part's rows, and a
@@ -70,7 +70,7 @@ class Part(NamedTuple):
         return np.pad(value, [(0, missing)] + [(0, 0)] * len(rest)) if missing else value
 
     def to_rows(self, value: np.ndarray) -> np.ndarray:
-        """Convert a full parameter, or one full layer of it, to rows of the tensor."""
+        """Convert the full parameter or layer that this part holds to rows of the tensor."""
         if self.layer is None:
             return value[: self.shape[0]]
         if self.order is not None:

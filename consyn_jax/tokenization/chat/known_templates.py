@@ -1,9 +1,9 @@
-"""Add `generation` blocks to published templates, as for TRL's `assistant_only_loss`.
+"""Add `generation` blocks to published templates, as TRL does for `assistant_only_loss`.
 
-A template is recognised by its lines for the assistant's turns, so the rest may differ, such as the
-system prompt. As in TRL, Qwen3's template is also changed: every turn begins with its reasoning, as
-the model writes it. The original keeps the reasoning only in the last turn. Source: trl 1.16,
-`chat_templates/qwen2_5_training.jinja` and `qwen3_training.jinja`.
+A template is recognised by its lines for the assistant's turns. Its other lines, such as the system
+prompt, may differ. As in TRL, Qwen3's template is also changed to keep the reasoning at the
+beginning of every assistant turn. The original keeps the reasoning only in the last turn. Source:
+trl 1.16, `chat_templates/qwen2_5_training.jinja` and `qwen3_training.jinja`.
 """
 
 from __future__ import annotations

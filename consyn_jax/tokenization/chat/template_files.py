@@ -31,7 +31,7 @@ def template_in(files: Mapping[str, bytes]) -> str | None:
 
 
 def tool_template_in(files: Mapping[str, bytes]) -> str | None:
-    """Find the template for conversations with tools; None without a separate one.
+    """Find the separate template for conversations with tools; None if there is none.
 
     As in transformers (`get_chat_template`), this is the template named "tool_use".
 

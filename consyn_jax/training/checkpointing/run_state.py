@@ -19,9 +19,10 @@ class Progress:
     """The progress of a run that does not follow from its configuration.
 
     Attributes:
-        clipped: Steps with clipped gradients since the last line of metrics.
-        unlogged: Steps since the last line of metrics.
-        left_out: Steps whose update was skipped because the loss or a gradient was not finite.
+        clipped: Number of steps with clipped gradients since the last line of metrics.
+        unlogged: Number of steps since the last line of metrics.
+        left_out: Number of steps whose update was skipped because the loss or a gradient was not
+            finite.
         recent: The last losses, in which spikes are detected.
         stopped_of: Total steps of the budget, if a callback ended the run early; otherwise None.
         run: Identity of the run; None in checkpoints of older versions.

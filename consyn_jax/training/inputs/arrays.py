@@ -137,7 +137,7 @@ class CutRows:
         self._block_size, self._is_said = block_size, False
 
     def look(self, batch: Batch, warn: Callable[[str], None]) -> None:
-        """Warn if the rows of `batch`, which is not cut yet, are longer than a sequence."""
+        """Warn if the rows of `batch` are longer than a sequence; call this before they are cut."""
         tokens = batch["labels"].shape[1]
         if tokens > self._block_size and not self._is_said:
             self._is_said = True

@@ -94,7 +94,7 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     @property
     def natural_length(self) -> int:
-        """Length of a sequence that holds the longest row, rounded up."""
+        """Length of the longest row, rounded up to a multiple of `LENGTH_MULTIPLE`."""
         return round_up(self.longest, LENGTH_MULTIPLE)
 
     def describe(self, block_size: int) -> str:
@@ -220,9 +220,9 @@ class Begun(Iterable[Any]):
 
     @property
     def natural_length(self) -> int:
-        """Length of the longest known sequence, rounded up.
+        """Length of the longest known sequence, rounded up to a multiple of `LENGTH_MULTIPLE`.
 
-        It looks at the first batch, and at a DataLoader's dataset of rows.
+        The known sequences are the first batch and, for a DataLoader, the rows of its dataset.
         """
         fields = fields_of(self.first)
         if self.are_rows:
@@ -238,7 +238,9 @@ Given = TokenLists | Rows | Begun
 
 
 def recognise(data: Any, name: str) -> Any:
-    """Classify the caller's data; None, a dataset of this package or a `Given` stays as it is.
+    """Classify the caller's data.
+
+    None, datasets of this package and `Given` objects are returned unchanged.
 
     Args:
         name: Name of the data in messages.

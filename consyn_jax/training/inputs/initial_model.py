@@ -44,7 +44,7 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
     """Check the types of the model and the tokenizer, and return the model.
 
     Raises:
-        UserError: One of them is a path, or an object of another library.
+        UserError: The model or the tokenizer is a path, or an object of another library.
     """
     if isinstance(model, str | os.PathLike):
         raise UserError(

@@ -138,7 +138,7 @@ class Console(AbstractContextManager["Console"]):
             self._live.start(refresh=True)
 
     def enter(self, phase: str, *, is_told: bool = False) -> None:
-        """Show that an activity such as an evaluation begins, with the time of day.
+        """Show the name and the starting time of an activity, such as an evaluation.
 
         Args:
             phase: the activity; "" for training steps, which are not shown.

@@ -162,8 +162,8 @@ class RemoteRun:
             if own is None or own.run != theirs:
                 raise UserError(
                     f"--remote {self.place} holds another run (its identity is {short(theirs)}, "
-                    f"and that of the run in {path} is {short(own and own.run)}). Name another "
-                    "--remote, or the --output of that run."
+                    f"and the identity of the run in {path} is {short(own and own.run)}). Name "
+                    "another --remote, or another --output."
                 )
             return
         if config.saving.resume == "never":
@@ -209,14 +209,14 @@ class RemoteRun:
     ) -> None:
         """Acquire the lease, and download the run if the bucket has a newer step than `path`.
 
-        Call this while no other process can write to the directory.
+        Call this while no other process can write to `path`.
 
         Args:
             say: Function that is called with a sentence about slow work or damaged files.
 
         Raises:
-            UserError: Another process writes to the bucket, or it holds another run, or the store
-                does not answer.
+            UserError: Another process writes to the bucket, the bucket holds another run, or the
+                store does not answer.
         """
         with self.explained():
             self.lease.acquire(say)

@@ -52,9 +52,9 @@ def matrix_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def decay_mask(logical_axes: Params) -> Any:
     """Return a tree like `logical_axes`: True for matrices, which decay, False for the rest.
 
-    Norms and biases do not decay. Embeddings do, as in nanoGPT and its successors (Brown et al.,
-    2020). OLMo 2 (2025) does not decay embeddings; here this would also affect a tied output
-    embedding.
+    Norms and biases do not decay. Embeddings decay, as in nanoGPT (after Brown et al., 2020). OLMo
+    2 (2025) does not decay embeddings. This is not copied, because a tied embedding is also the
+    output matrix.
     """
     return map_axes(is_matrix, logical_axes)
 

@@ -109,7 +109,7 @@ def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> st
     then = "since the data was prepared; the documents shown are from before the change."
     if kind == SAMPLE:
         is_same = source.reader.identity(name, str)[-1] == digests
-        return "" if is_same else f"--data sample is text of Python itself, and has changed {then}"
+        return "" if is_same else f"--data sample, the text of Python's help(), has changed {then}"
     faults, missing = changed_files(dict(zip(source.files, digests, strict=False)), file_hash)
     if missing or len(source.files) != len(digests):
         return f"{name} does not exist here, so it cannot be compared with what was prepared."
@@ -128,7 +128,9 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
             files = source.files if entry["kind"] in READERS else ()
             if not files and entry["kind"] == SAMPLE:
                 if source.reader.identity(source.name, str)[-1] != digests:
-                    found.differs.append("data: --data sample is other text in this Python version")
+                    found.differs.append(
+                        "data: --data sample has different text in this Python version"
+                    )
             elif len(files) != len(digests):  # the source no longer exists here, or is on the Hub
                 missing.append(Path(entry["name"]))
             else:

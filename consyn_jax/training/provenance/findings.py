@@ -37,7 +37,7 @@ class Findings:
         """Return a context that turns an error into a finding, so that other checks still run.
 
         Args:
-            place: Path to name if the error has none.
+            place: Path for the message, used if the error has no path.
         """
         try:
             yield
@@ -50,7 +50,7 @@ class Findings:
         """Add the finding that a file or directory cannot be read.
 
         Args:
-            place: Path to name if the error has none.
+            place: Path for the message, used if the error has no path.
         """
         reason = error.strerror or type(error).__name__
         self.differs.append(f"{kind}: {error.filename or place} cannot be read ({reason})")

@@ -32,7 +32,7 @@ from consyn_jax.training.run.recording import Recorder
 SAMPLE_TOKENS = 200
 MOST_TEXTS = 4  # named in a command
 TEXTS = "--data TEXT_FILE"
-# Flags of data that consyn-evaluate does not have, without those of splitting and cleaning.
+# Data flags that consyn-evaluate lacks, except the flags for splitting and cleaning.
 NOT_OF_EVALUATE = ("prompt_key", "completion_key", "messages_key", "chat_template", "dataset_type")
 
 
@@ -213,8 +213,8 @@ def _held_out(data: DataOptions) -> tuple[str, ...]:
 def _texts(data: DataOptions, origins: Mapping[str, str]) -> str:
     """Flags with which consyn-evaluate reads the run's data, preferably held-out data.
 
-    The result is a placeholder if the run was started from Python, if it has too many files, or if
-    consyn-evaluate cannot read its data.
+    The result is a placeholder if the run was started from Python, if its data has too many files,
+    or if consyn-evaluate cannot read the data.
     """
     texts, defaults = _held_out(data) or data.data, DataOptions()
     changed = [f.name for f in fields(data) if getattr(data, f.name) != getattr(defaults, f.name)]

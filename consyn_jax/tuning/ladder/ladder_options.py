@@ -20,8 +20,8 @@ _NOT_HERE = {
     "checkpoint": "all sizes start from new weights",
     "lora_rank": "all sizes start from new weights",
     "early_stopping_patience": "every run must reach its last step",
-    "save_steps": "a ladder saves a checkpoint at each step from which a shorter run starts",
-    "keep_every": "a ladder saves a checkpoint at each step from which a shorter run starts",
+    "save_steps": "a ladder itself decides which checkpoints to save",
+    "keep_every": "a ladder itself decides which checkpoints to save",
     **dict.fromkeys(
         ("trials", "time_budget", "sampler", "pruner", "vectorize", "storage"), "it is for --search"
     ),
@@ -37,7 +37,7 @@ class LadderOptions:
     ladder: str | None = flag(
         None,
         "instead of --search: train models of several sizes, and predict the loss of larger "
-        f"ones; N: number of sizes, up to that of --model (the bare flag means {RUNGS}); "
+        f"ones; N: number of sizes, with --model as the largest (the bare flag means {RUNGS}); "
         "SIZE,...: sizes in parameters without embeddings, such as 1e5,2e5,4e5",
         const=str(RUNGS),
     )
@@ -47,7 +47,7 @@ class LadderOptions:
     predict: tuple[str, ...] = flag(
         (),
         "with --ladder: budgets for which to predict losses and the best model size, such as "
-        "flops=1e20 or tokens=20e9 (for verse, stanza and epic: --tokens_per_parameter)",
+        "flops=1e20 or tokens=20e9 (only losses, for the budget that --tokens_per_parameter gives)",
     )
 
 

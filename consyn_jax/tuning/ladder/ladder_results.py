@@ -157,8 +157,8 @@ def notes(results: LadderResults) -> list[str]:
     noisy = sum(batch.scale < size for batch in batches)
     if noisy:
         said.append(
-            f"A step has {size:,} tokens, more than the critical batch size of {noisy} of "
-            f"{len(batches)} runs, so these runs used their tokens inefficiently. Lower "
+            f"A step has {size:,} tokens. In {noisy} of {len(batches)} runs, this is more than the "
+            "critical batch size, so these runs used their tokens inefficiently. Lower "
             "--batch_size."
         )
     if results.forecast.batch is None:

@@ -48,7 +48,7 @@ class Ladder:
 
     Args:
         varied: the user's flags, from which the run of each size is resolved.
-        base: settings of the run of the largest size, with its data prepared.
+        base: settings of the run of the largest size; the data is already prepared.
         trainer_inputs: function that returns the keyword arguments of a trainer, for a run.
 
     Raises:

@@ -121,6 +121,6 @@ class Forecast:
 
     @cached_property
     def _family(self) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters, and training FLOPs per token, of the models with the sizes `SIZES`."""
+        """For models of the sizes `SIZES`: number of parameters, and training FLOPs per token."""
         models = [scaled_target(size, self.vocab_size, self.length) for size in SIZES]
         return np.array([m.parameters for m in models]), np.array([m.flops for m in models])

@@ -55,7 +55,7 @@ class RungTrainer(TrialTrainer):
         return built._replace(program=replace(built.program, total_steps=self.longest))
 
     def compile_train_step(self, run: RunConfig, schedule: optax.Schedule | None = None) -> Any:
-        """Compile the train step of `run`, or reuse the one of another run of this model size."""
+        """Compile the train step of `run`, or reuse the step of another run of this model size."""
         program = self._build(run, schedule).program
         return self.shared.bound_step(program, run, self.total_steps, self.longest)
 

@@ -485,7 +485,7 @@ def test_another_run_is_refused_by_name_and_overwritten_when_asked(
     with pytest.raises(UserError, match=r"holds another run \(its identity is [0-9a-f]{8}, and"):
         check_remote(other)
     (tmp_path / "other" / "run.json").unlink()  # of a version without identities
-    with pytest.raises(UserError, match=r"that of the run in .*other is none"):
+    with pytest.raises(UserError, match=r"identity of the run in .*other is none"):
         check_remote(other)
     inside = with_(output=empty, overwrite=True, data=f"{URL}/final")
     with pytest.raises(UserError, match=rf"--overwrite would delete --data {URL}/final"):

@@ -103,7 +103,7 @@ def test_runs_that_the_fit_leaves_out_are_shown_as_well(results: LadderResults) 
 def test_notes_say_what_makes_predictions_doubtful(results: LadderResults) -> None:
     far, batch = notes(results)
     assert "Treat it as a guess" in far
-    assert batch.startswith("A step has 2,048 tokens, more than the critical batch size of 3")
+    assert batch.startswith("A step has 2,048 tokens. In 3 of ")
     calm = replace(results, tokens_per_step=256, predicted=results.predicted[:0], best=())
     assert notes(calm) == []
 

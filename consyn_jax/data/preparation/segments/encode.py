@@ -1,13 +1,14 @@
 """Phase "segments": clean and tokenise the documents of a segment.
 
-The arrays have one row for each document that no rule of a worker drops, and for each part of a
-long document, in the order of the corpus. They have the names of `EncodedDocuments`, and:
+Every array has one row for each document that the workers keep, and one for each part of a long
+document, in the order of the corpus. The arrays are named like the fields of `EncodedDocuments`.
+There are two more:
 
     origins  origin of each row, as in `store/manifest.py`
     flags    PART, BEGINS, LAST and BLANK
 
-`partitions.py` describes the arrays that duplicates are found by. The tokens are in `ids.bin`;
-`targets.bin` exists if some are not targets.
+`partitions.py` describes further arrays, which are used to find duplicates. The token ids are in
+`ids.bin`. The file `targets.bin` exists only if some tokens are not targets of the loss.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class _Rows:
         self._sources: dict[int, int] = {}
 
     def add(self, index: int, block: Block, result: Result) -> None:
-        """Add a block of source number `index`."""
+        """Add the result of a block; `index` is the number of the source."""
         if result.fault:
             raise UserError(result.fault)
         self._report.take(result, most_unread=float("inf"))
@@ -113,7 +114,7 @@ class _Rows:
         self.files.add(kept)
 
     def _drop(self, result: Result) -> None:
-        """Count what was left out, and note after how many rows the first few came."""
+        """Count the dropped documents by rule, and keep the first few of each rule as examples."""
         dropped = self._report.dropped
         for rule, place, text in result.dropped:
             dropped[rule] = dropped.get(rule, 0) + 1
@@ -126,13 +127,13 @@ class _Rows:
         return {name: np.concatenate(columns) for name, columns in self._columns.items()}
 
     def may_repeat(self) -> Bool[np.ndarray, " n"]:
-        """Whether each row is kept even if it equals an earlier one."""
+        """Whether each row is kept even if it equals an earlier row."""
         if self._job.settings.options.deduplicate is not None:
             return np.zeros(self._count, bool)
         return np.concatenate(self._prompts)
 
     def result(self) -> dict[str, Any]:
-        """The counts, as values of JSON."""
+        """The counts of the segment, for `result.json`."""
         return {
             "report": vars(self._report),
             "drops": self._drops,
@@ -142,7 +143,7 @@ class _Rows:
 
 
 class _TokenFiles:
-    """The files of the tokens and, once a token is no target, of the targets."""
+    """The file of the token ids, and a file of the targets if some tokens are not targets."""
 
     def __init__(self, place: Path) -> None:
         self._place = place

@@ -1,9 +1,8 @@
-"""A job: the settings that all tasks of many writers share, and the files that they exchange.
+"""A job: the settings of a preparation with `--shared_directory`, and the files of its tasks.
 
 A task is a phase and a number. Its result is a directory ROOT/PHASE/NUMBER with `result.json` and
-arrays, which is renamed into place when it is complete. So a finished task is its own entry in the
-journal: it is not repeated, and two processes that run the same task do no harm, because both make
-the same bytes.
+arrays. The directory gets this name when it is complete, so a finished task is not repeated after
+an interruption. Two processes may run the same task, because both write the same bytes.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from consyn_jax.files import aside, flush, write_whole
 from consyn_jax.tokenization import BPETokenizer
 
 JOB, STARTS = "job.json", "starts.json"
-RESULT, ARRAYS = "result.json", "arrays.bin"  # of a task
+RESULT, ARRAYS = "result.json", "arrays.bin"  # files of a task
 ALIGNED = 64
 
 Start = tuple[int, Position]
-"""Number of a source, and a position in it: where a segment begins."""
+"""The beginning of a segment: the number of a source, and a position in this source."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A preparation by many writers.
+    """A preparation in which all nodes write.
 
     Attributes:
         root: directory of the files that tasks exchange.
@@ -50,9 +49,9 @@ class Job:
         settings: settings of the workers.
         sources: all sources, as in `Spec`.
         num_validation: number of sources from `--validation`.
-        working_directory: that of the command, which relative names of sources begin at.
+        working_directory: working directory of the command, for relative names of sources.
         segment_bytes: bytes of text after which a segment ends.
-        partitions: number of ranges of digests, and of keys of bands.
+        partitions: number of ranges into which digests and band keys are divided.
         shard_tokens: number of tokens after which a shard ends.
     """
 
@@ -97,7 +96,7 @@ class Job:
 
     @cached_property
     def spec(self) -> Spec:
-        """The parts of the specification that reading and writing documents need."""
+        """The specification, with only the fields that are needed to read and write documents."""
         settings = self.settings
         return Spec(
             self.sources,
@@ -128,7 +127,7 @@ class Job:
 
     @property
     def threshold(self) -> float | None:
-        """The similarity from which near duplicates are left out; None if they stay."""
+        """The similarity at which a document is a near duplicate; None to keep near duplicates."""
         return self.settings.options.near_duplicates
 
     # --------------------------------------------------------------------------- segments
@@ -161,7 +160,7 @@ class Job:
         return {int(name) for name in names if name.isdigit()}
 
     def result(self, phase: str, number: int) -> Any:
-        """The values of JSON that a task wrote."""
+        """The content of the `result.json` that a task wrote."""
         return json.loads((self.place(phase, number) / RESULT).read_bytes())
 
     def array(self, phase: str, number: int, name: str) -> np.ndarray:
@@ -175,10 +174,10 @@ class Job:
 
     @contextmanager
     def writing(self, phase: str, number: int) -> Iterator[Draft]:
-        """A directory for the files of a task, which gets its name at the end."""
+        """Yield a draft for the files of a task; at the end, rename it to the task's directory."""
         place = self.place(phase, number)
         if not place.parent.is_dir():
-            place.parent.mkdir(exist_ok=True)  # without parents: the job may be over
+            place.parent.mkdir(exist_ok=True)  # without parents: a finished job removes them
             flush(self.root)
         draft = Draft(aside(place))
         draft.path.mkdir()
@@ -207,16 +206,16 @@ _FIELDS = set(Job.__dataclass_fields__)
 
 
 class Draft:
-    """The directory of a task that is not finished yet."""
+    """The directory of an unfinished task."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.result = path, dict[str, Any]()
 
     def save(self, **arrays: np.ndarray) -> None:
-        """Write all arrays of the task, under their names, to one file.
+        """Write all arrays of the task to one file.
 
-        Their names, types, shapes and places are at its end, and the size of this list as the last
-        eight bytes.
+        After the arrays, the file has a JSON object with the dtype, shape and offset of each array
+        by name. The last eight bytes of the file are the size of this object.
         """
         contents = {}
         with (self.path / ARRAYS).open("xb") as file:
@@ -230,13 +229,16 @@ class Draft:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the values of `result`, and flush all names to the disk."""
+        """Write `result.json`, and flush the directory to the disk."""
         write_whole(self.path / RESULT, json.dumps(self.result))
 
 
 @lru_cache(maxsize=1 << 12)
 def _contents(path: Path, inode: int, changed_ns: int) -> dict[str, Any]:
-    """The list at the end of a file of arrays; other arguments than the path identify the file."""
+    """Read the JSON object at the end of a file of arrays.
+
+    The inode and the time are only part of the cache key.
+    """
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)
         (size,) = struct.unpack("<Q", file.read(8))
@@ -245,12 +247,12 @@ def _contents(path: Path, inode: int, changed_ns: int) -> dict[str, Any]:
 
 
 def document_ids(segment: int, rows: np.ndarray) -> np.ndarray:
-    """Numbers of documents in the order of the corpus: the segment, then the row in it."""
+    """Ids of documents: the segment in the upper 32 bits, the row in the segment below them."""
     return (np.uint64(segment) << np.uint64(32)) | np.asarray(rows).astype(np.uint64)
 
 
 def edges(segment: int) -> np.ndarray:
-    """The numbers of the first documents of a segment and of the one after it."""
+    """The smallest document ids of a segment and of the next segment."""
     return np.array([segment, segment + 1], np.uint64) << np.uint64(32)
 
 
@@ -262,23 +264,23 @@ def among(ids: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 
 def segment_of(ids: np.ndarray) -> np.ndarray:
-    """The segments of documents."""
+    """The segment of each document id."""
     return (ids >> np.uint64(32)).astype(np.int64)
 
 
 def rows_of(ids: np.ndarray) -> np.ndarray:
-    """The rows of documents in their segments."""
+    """The row of each document id in its segment."""
     return (ids & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def of_segment(ids: np.ndarray, segment: int) -> np.ndarray:
-    """The rows of those of the sorted `ids` that are in a segment."""
+    """The rows of the documents in a segment, selected from the sorted `ids`."""
     low, high = np.searchsorted(ids, edges(segment))
     return rows_of(np.asarray(ids[low:high]))
 
 
 def unseen(what: str) -> UserError:
-    """The error that this node does not see a path."""
+    """Return the error for a path that does not exist on this node."""
     return UserError(
         f"{what} is not visible on node {socket.gethostname()} under this path. Give paths on "
         "storage that all nodes share, or leave --shared_directory out."
@@ -286,7 +288,7 @@ def unseen(what: str) -> UserError:
 
 
 def check_seen(source: Source) -> None:
-    """Check that this node sees the files of a source.
+    """Check that the files of a source exist on this node.
 
     Raises:
         UserError: a file is missing.

@@ -1,4 +1,4 @@
-"""The table of phases: a task is (phase, number), and what it makes is in files."""
+"""The table of phases, and the functions that run a task, which is a phase and a number."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ PHASES: dict[str, Callable[[Job, int], None]] = {
 
 
 Answer = tuple[str, Any]
-"""The sentence about what prevents a task, or ""; and its result, if that is no file."""
+"""An error message ("" after success), and a result (None if the result is in files)."""
 
 
 def work(root: str, identity: str, phase: str, number: int) -> Answer:
-    """Run one task, whose result is files.
+    """Run one task, which writes its result to files.
 
     Args:
         root: directory of the job, under the same path on all nodes.
-        identity: hash of the file `JOB` in it.
+        identity: hash of the file `JOB` in `root`.
     """
 
     def run() -> None:
@@ -91,12 +91,12 @@ def _answer(run: Callable[[], Any]) -> Answer:
 
 @lru_cache(maxsize=1)
 def _job(root: str, identity: str) -> Job:
-    """The job in a directory, which must be visible here, as its output and its sources.
+    """Read the job in a directory, and check that its directories exist on this node.
 
     Raises:
-        UserError: something is not visible on this node.
+        UserError: a directory does not exist on this node.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one processor
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task uses one core
     path = Path(root) / JOB
     try:
         content = path.read_bytes()

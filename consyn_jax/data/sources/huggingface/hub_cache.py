@@ -75,7 +75,7 @@ def cached_splits(directory: Path) -> tuple[str, ...]:
 def _copies(hub: HubName) -> list[Path]:
     """List the directories NAME/CONFIG/VERSION/COMMIT in the cache that match `hub`, oldest first.
 
-    A tag or branch matches none; `hub.revision` must be a commit or None.
+    If `hub.revision` is a tag or branch, the list is empty: the directories have names of commits.
     """
     import datasets
     from datasets.naming import camelcase_to_snakecase

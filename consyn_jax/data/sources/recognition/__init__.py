@@ -1,1 +1,1 @@
-"""Recognise splits, files that are not data, and structure that is lost in plain text."""
+"""Recognise splits, files that are not data, and structure that reading as text would lose."""

@@ -85,7 +85,10 @@ def sharegpt(row: dict, key: str) -> Conversation:
 
 
 def prompt_and_completion(row: dict, prompt: str, completion: str) -> Conversation:
-    """Read a prompt of messages and its completion, which is messages or the assistant's text.
+    """Read a prompt and its completion.
+
+    The prompt is an array of messages. The completion is an array of messages, or the text of one
+    assistant message.
 
     Raises:
         BadRow: the row is malformed, or has no message to train on.
