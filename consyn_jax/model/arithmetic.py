@@ -174,9 +174,8 @@ class MemoryEstimate:
         moments: Bytes of the optimizer's moments.
         gradients: Bytes of the float32 gradients, which are summed over micro-batches.
         activations: Bytes of the activations that all blocks save for the backward pass.
-        working: Bytes of temporary memory at the peak of the step. The peak is either in the
-            backward pass of one block, or in the loss, when the micro-batch has logits but no
-            gradients yet.
+        working: Bytes of temporary memory at the peak of the step. The peak is in the backward pass
+            of one block, or in the loss, where a micro-batch has logits but no gradients yet.
     """
 
     parameters: int
@@ -241,7 +240,9 @@ def estimate_memory(
     lora: LoraOptions = NO_LORA,
     gpu_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate a train step's memory on one device, within a tenth for presets (tests/planning).
+    """Estimate the memory that a train step needs on one device.
+
+    For presets, the estimate is within a tenth of the compiler's figure (tests/planning).
 
     Args:
         sizes: Number of devices along each mesh axis.
@@ -318,7 +319,7 @@ def _adapter_memory(
 
 
 def useful_ranks(c: ModelConfig, lora: LoraOptions) -> dict[str, int]:
-    """The highest rank of an update of each adapted matrix: the length of its shorter side.
+    """Full rank of each adapted matrix, which is the length of the matrix's shorter side.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> from consyn_jax.model_config import LoraOptions

@@ -23,8 +23,8 @@ class TrainState(NamedTuple):
     Attributes:
         nonfinite: Number of consecutive steps, up to the last one, whose loss or gradients were not
             finite (training/optim/skip_nonfinite.py).
-        scales: In fp8, the scales [L, arrays] of each block's 8-bit arrays, as a tuple of one
-            array; otherwise empty.
+        scales: In fp8, a tuple of one array: the scale of each 8-bit array in each block. Otherwise
+            empty.
     """
 
     step: Int[Array, ""]
@@ -84,8 +84,8 @@ def accumulate(
     over the micro-batches.
 
     Returns:
-        The sums of the loss, those of the gradients, and the largest magnitudes in all
-        micro-batches, in the form of `scales`.
+        The sums of `objective` to report, the summed gradients, and the largest magnitude of each
+        8-bit array, in the form of `scales`.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:

@@ -36,8 +36,10 @@ from consyn_jax.tokenization import BPETokenizer
 JOURNAL_SECONDS = 2.0
 
 Publish = Callable[[TokenStoreWriter | None, Report | None], bool]
-"""Function called after each block with the writer (None while its documents must not be read yet)
-and the counts so far (None if unknown). The preparation stops if it returns true.
+"""Function called after each block; the preparation stops if the function returns true.
+
+Its arguments are the writer and the counts so far. The writer is None while the documents that it
+has written must not be read yet. The counts are None if they are unknown.
 """
 
 
@@ -325,7 +327,7 @@ class Preparation:
 
 
 def text_bytes(spec: Spec) -> int:
-    """Number of bytes of all sources; a dataset that is not downloaded yet has no stable size."""
+    """Number of bytes of all sources except Hub datasets, whose size changes with the download."""
     return sum(source.num_bytes for source in spec.sources if source.files or source.kind == SAMPLE)
 
 

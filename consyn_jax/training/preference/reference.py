@@ -107,7 +107,7 @@ def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
 def ready_to_evaluate(inputs: RunInputs, path: Path) -> None:
     """Load the reference of the validation pairs from the run directory, or compute it.
 
-    If the directory has no reference, it is computed with the model as it is, and not written.
+    If the directory has no reference, the current model computes it, and it is not written.
 
     Raises:
         UserError: The model cannot be read, or the directory has the reference of another model.
@@ -142,7 +142,8 @@ def _set(source: BatchSource, reference: Float32[np.ndarray, "n 2"] | None) -> N
 def _key(program: Program, run: RunConfig, derived: Mapping[str, Any]) -> str:
     """Hash everything that determines the reference log-probabilities.
 
-    Settings that change only the order of additions, and so only rounding errors, are left out.
+    Settings that only change the order of additions are left out, because they only change
+    rounding errors.
     """
     content = {name: derived.get(name) for name in ("data", "validation", "tokenizer", "weights")}
     content |= {
