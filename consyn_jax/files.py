@@ -81,7 +81,7 @@ def make_directory(path: Path) -> None:
 def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
     """Open a regular file without following symbolic links and without blocking on a pipe.
 
-    It can be passed as `opener` to Python's `open`.
+    This function can be passed as `opener` to Python's `open`.
 
     Raises:
         OSError: `os.open` fails, the path is a symbolic link or no regular file, or a file to be
@@ -124,7 +124,7 @@ def read_whole(path: Path, largest: int = LARGEST_TEXT) -> bytes:
 
 
 def aside(path: Path, kind: str = FRESH) -> Path:
-    """A hidden name beside `path` that cannot be guessed, for a file being written or removed."""
+    """A hidden, unguessable name beside `path`, for a file that is being written or removed."""
     return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{secrets.token_hex(8)}.{kind}")
 
 

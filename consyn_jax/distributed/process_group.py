@@ -333,7 +333,7 @@ class ProcessGroup:
         return f"{self.names[number]} {what}, so the run ends. {AGAIN}"
 
     def _collect(self, number: int, gather: int, text: str) -> None:
-        """In process 0, store a process's text; when all have arrived, send them to everyone."""
+        """In process 0, store a process's text; after the last text, send all texts to everyone."""
         with self._news:
             texts = self._texts.setdefault(gather, {})
             texts[number] = text

@@ -97,7 +97,7 @@ def estimate_step(
     """Estimate the time of a step on a topology.
 
     Args:
-        communicated: the collectives of the compiled step; None to estimate them as well.
+        communicated: the collectives of the compiled step; if None, they are estimated, too.
     """
     gpu, stretch = topology.gpu, stretch_of(work, topology)
     matmuls, attention = _matmul_seconds(work, gpu), _attention_seconds(work, gpu)

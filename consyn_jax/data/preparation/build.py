@@ -55,7 +55,7 @@ class Preparation:
         resumed: whether `state` is the journal of an earlier process.
 
     Raises:
-        UserError: `directory` cannot be written, or does not fit the journal.
+        UserError: `directory` cannot be written, or does not match the journal.
     """
 
     def __init__(self, spec: Spec, directory: Path, state: Journal, resumed: bool) -> None:
@@ -366,7 +366,7 @@ class Duplicates:
             may_repeat: True for documents that are kept even if they equal an earlier one.
 
         Returns:
-            Indices of the repeated documents, by the rule that found them.
+            Indices of the documents that repeat an earlier one, by the rule that found them.
         """
         found, left = {}, np.arange(len(digests))
         for rule, index in self._indices.items():

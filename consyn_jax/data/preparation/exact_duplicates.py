@@ -120,7 +120,7 @@ class SortedRuns:
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, keys: UInt64[np.ndarray, " n"], values: UInt[np.ndarray, " n"]) -> None:
-        """Add pairs, in any order."""
+        """Add pairs of a key and a value, in any order."""
         if not len(keys):
             return
         order = np.argsort(keys)

@@ -1,4 +1,4 @@
-"""Continue prompts, each up to its EOS token, a stop string or a limit."""
+"""Continue each prompt until an EOS token, a stop string or a limit."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def eight_bit_norm(
     Args:
         eps: Added to the mean square; must be above zero.
         scale: Scale of the 8-bit norm.
-        added_BTD: A branch that is added to x first, rounded to the dtype of x.
+        added_BTD: A branch to add to x before the norm; the sum is rounded to the dtype of x.
     """
     axes = split_axes(mesh_sizes(), "batch", "sequence")
 

@@ -87,7 +87,7 @@ class ChatEncoder:
         """Encode a conversation to ids and targets.
 
         Raises:
-            TemplateFault: the template refuses the conversation, or it has no text to train on.
+            TemplateFault: the template refuses the conversation, or renders no text to train on.
         """
         template = self._template_of(chat)
         chat, holds_special = self._prepared(chat, template)

@@ -1,8 +1,7 @@
 """The reference of a DPO run: the log-probability of each answer under the initial model.
 
-It is computed once, before step 1, by the same computation as in the training step, and is written
-to the run directory. A resumed run reads it from there, because its model is no longer the initial
-one.
+It is computed once, before step 1, in the same way as in the training step, and is written to the
+run directory. A resumed run reads it from there, because its model is no longer the initial one.
 """
 
 from __future__ import annotations
@@ -219,8 +218,8 @@ def _read(file: Path, key: str, counts: Mapping[str, int]) -> Found:
         raise UserError(f"{file}, with {about}, cannot be read ({error}).") from error
     if record.get("key") != key:
         raise UserError(
-            f"{file} was computed with different data, different initial weights, or another "
-            "--max_tokens or --mixed_precision than those of this run."
+            f"{file} was computed with other data, other initial weights, or another --max_tokens "
+            "or --mixed_precision than this run has."
         )
     shapes = {name: (values.shape, values.dtype.name) for name, values in found.items()}
     wanted = {name: ((count, 2), "float32") for name, count in counts.items()}

@@ -132,7 +132,7 @@ def _packing_differences(
 
 
 def recorded_schedule(old: dict[str, Any]) -> tuple[Callable[[Any], Any], int]:
-    """Return the learning-rate schedule and the number of steps of the config.yaml `old`."""
+    """Return the learning-rate schedule and the number of steps that the config.yaml `old` sets."""
     from consyn_jax.training.optim.schedules import build_schedule
 
     known = flags(RunConfig)
