@@ -127,7 +127,7 @@ def _drop_lost_output() -> None:
 
 @contextmanager
 def _unwinding_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield
         return
     unwind = _Unwinding()

@@ -77,7 +77,7 @@ def _try_connections(group: ProcessGroup) -> list[str]:
         address = [socket.gethostname(), server.getsockname()[1], group.process_id]
         everyone = [json.loads(text) for text in group.gather(json.dumps(address))]
         failed = _unreachable(everyone, group.process_id)
-        group.gather("")  # the others may still be trying
+        group.gather("")  # other processes may still be connecting
     return failed
 
 

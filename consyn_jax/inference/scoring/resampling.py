@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 AT_ONCE = 1 << 22  # draws held in memory at once
-LEAST = 2  # units; a single unit has no spread
+LEAST = 2  # smallest number of units; a single unit has no spread
 
 
 class Interval(NamedTuple):

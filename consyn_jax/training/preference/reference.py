@@ -169,7 +169,7 @@ def _compute(
         {name: like[name] for name in BATCH_DTYPES},
         NamedSharding(program.mesh, PartitionSpec()),  # every process gets all results
     ).compile()
-    gather("compiled")  # otherwise collectives could time out while others compile
+    gather("compiled")  # otherwise collectives could time out while a process compiles
     batches = source.evaluation(batch_size, local_rows(program.mesh, batch_size))
     with prefetch(batches, transform=placer(program.mesh, EVAL_AXES)) as ready:
         for batch in ready:

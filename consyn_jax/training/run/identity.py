@@ -35,8 +35,8 @@ SCHEDULE_FLAGS = {
 }
 FROM_DATA = {"packing", "max_tokens"}
 # Further derived values: the config.json and generation_config.json of the model. They make it
-# possible to read a checkpoint even if the directory in --model or --checkpoint is gone. They are
-# not compared, because the flags are.
+# possible to read a checkpoint even if the directory in --model or --checkpoint is gone. They need
+# no comparison, because the flags are compared.
 ARCHITECTURE, GENERATION = "architecture", "generation_config"
 # Values that follow from flags and data, with their names in messages.
 DERIVED_NAMES = {

@@ -20,7 +20,7 @@ from consyn_jax.data.preparation.segments.job import (
 )
 from consyn_jax.data.preparation.segments.long_documents import NO_RULE
 
-DROPPED = 255  # in place of the number of a split
+DROPPED = 255  # for a dropped row, in place of the number of a split
 _BY_PHASE = {"dropped-exact": "duplicate", "dropped-near": "near duplicate"}
 
 

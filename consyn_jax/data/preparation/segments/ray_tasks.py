@@ -74,7 +74,7 @@ class RayTasks(Tasks):
         faults: dict[int, UserError] = {}
         waiting = list(reversed(range(len(calls))))
         while waiting or running:
-            # A few tasks wait in the queues of nodes, so that no processor does.
+            # A few tasks wait in the queues of nodes, so that no processor is idle.
             most = self._processors.count() * 5 // 4 + 1
             while waiting and len(running) < most:
                 number = waiting.pop()

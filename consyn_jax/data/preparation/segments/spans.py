@@ -15,7 +15,7 @@ from consyn_jax.data.preparation.segments.job import Job, Start, check_seen
 from consyn_jax.data.sources.reader import START, Block, Position, Reading
 from consyn_jax.errors import UserError
 
-# A source below this many segments is not cut.
+# A source smaller than this many segments is not cut.
 FEW = 1.5
 
 
