@@ -240,9 +240,7 @@ def estimate_memory(
     lora: LoraOptions = NO_LORA,
     gpu_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate the memory that a train step needs on one device.
-
-    For presets, the estimate is within a tenth of the compiler's figure (tests/planning).
+    """Estimate a train step's memory on one device; for presets, the error is below a tenth.
 
     Args:
         sizes: Number of devices along each mesh axis.
