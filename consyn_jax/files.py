@@ -81,7 +81,7 @@ def make_directory(path: Path) -> None:
 def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
     """Open a regular file without following symbolic links and without blocking on a pipe.
 
-    It can be passed as `opener` to Python's `open`.
+    This function can be passed as `opener` to Python's `open`.
 
     Raises:
         OSError: `os.open` fails, the path is a symbolic link or no regular file, or a file to be
@@ -124,7 +124,7 @@ def read_whole(path: Path, largest: int = LARGEST_TEXT) -> bytes:
 
 
 def aside(path: Path, kind: str = FRESH) -> Path:
-    """A hidden name beside `path` that cannot be guessed, for a file being written or removed."""
+    """A hidden, unguessable name beside `path`, for a file that is being written or removed."""
     return path.with_name(f".{path.name[:_KEPT_OF_NAME]}.{secrets.token_hex(8)}.{kind}")
 
 
@@ -166,7 +166,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def replace_directory(fresh: Path, target: Path) -> None:
-    """Rename a directory, already flushed to the disk, to `target`, and remove an older `target`.
+    """Rename the flushed directory `fresh` to `target`, and remove an older `target`.
 
     After a crash, either `target` is complete or `restore_replaced` can restore it.
     """
@@ -233,7 +233,7 @@ def all_irregular(path: Path, *, inside: bool = True) -> Iterator[tuple[Path, st
     """Find entries that are neither regular files nor directories, at `path` and below it.
 
     Yields:
-        The path of each, and its kind in words ("a link").
+        The path of each entry, and its kind in words ("a link").
     """
     try:
         mode = os.lstat(path).st_mode
@@ -250,16 +250,17 @@ def all_irregular(path: Path, *, inside: bool = True) -> Iterator[tuple[Path, st
 
 
 def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | None = None) -> None:
-    """Refuse an untrusted directory that contains a link out of it or an unusual file.
+    """Refuse an untrusted directory that contains unsafe files.
 
-    Unusual files are special files, such as pipes, and files that are too large.
+    Unsafe files are links that lead out of the directory, special files such as pipes, and files
+    that are too large.
 
     Args:
         patterns: glob patterns of the files that will be read; others are not checked.
         named: a file that the user named explicitly, which may be a link or a pipe.
 
     Raises:
-        UserError: there is such a file; the message names it.
+        UserError: the directory contains an unsafe file; the message names it.
     """
     for _, sentences in strays(directory, patterns, named=named):
         raise UserError(sentences)
@@ -268,13 +269,13 @@ def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | N
 def strays(
     directory: Path, patterns: Collection[str], *, named: Path | None = None
 ) -> Iterator[tuple[Path, str]]:
-    """Find each link out of a directory, each special file and each file that is too large.
+    """Find links that lead out of a directory, special files, and files that are too large.
 
     Args:
         patterns, named: as for `refuse_strays`.
 
     Yields:
-        The path of each, and a message about it.
+        The path of each such file, and a message about it.
     """
     for path in (path for pattern in patterns for path in sorted(directory.glob(pattern))):
         target = None if path == named else leads_out(path, directory)

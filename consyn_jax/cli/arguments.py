@@ -168,7 +168,7 @@ def build_parser(
 
 
 class _Help(argparse.Action):
-    """`--help`: print the common flags and stop; with `all`, every flag."""
+    """`--help` prints the common flags and stops; `--help all` prints every flag."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
         if values not in (None, [], "all"):
@@ -247,7 +247,7 @@ def read(
 
 
 def parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
-    """Parse a command line into its values by flag name.
+    """Parse a command line into values by flag name.
 
     Flags may be written with `_` or `-`. If a flag is given twice, the last value counts.
 

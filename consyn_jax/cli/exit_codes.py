@@ -51,7 +51,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Do `work` and return the exit code.
 
     Returns:
-        0 for success, also if the reader of a pipe has closed it. 2 for the user's mistake or a
+        0 for success, even if the reader of a pipe has closed it. 2 for the user's mistake or a
         file that cannot be read or written. 3 for divergence. 4 for a difference from a run's
         record. 75 for a signal after which the state was saved. 76 if another process of the run
         did not start. If a signal ends the command with nothing saved: 130 for SIGINT, 143 for
@@ -127,7 +127,7 @@ def _drop_lost_output() -> None:
 
 @contextmanager
 def _unwinding_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield
         return
     unwind = _Unwinding()
@@ -167,8 +167,9 @@ class _Unwinding:
 
     Some C++ libraries run Python during their import and abort on an exception. During an import
     the handler therefore waits: it sends the signal to its own process again until the import is
-    over. A second signal from outside ends the process. Some launchers send the first signal twice;
-    that repeat is ignored, so that it does not interrupt the unwinding.
+    over. If another signal comes from outside during this wait, the process ends at once. Some
+    launchers send a signal twice in quick succession. Such a repeat is ignored, so that it does not
+    interrupt the unwinding.
 
     The signal is also sent again if its exception is swallowed. Python ignores exceptions in
     callbacks of the garbage collector, and JAX has such a callback.

@@ -73,7 +73,7 @@ class Streamed:
         return packed.rows(np.where(positions < n, first_epoch, ids_at(self.seed, positions, n)))
 
     def passes(self, position: int) -> dict[str, int]:
-        """Return {"": the number of complete epochs before `position`}.
+        """Return the number of complete epochs before `position`, under the key "".
 
         The call waits until it is known whether the corpus continues after the position.
         """

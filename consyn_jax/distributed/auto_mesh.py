@@ -32,7 +32,10 @@ class Machine:
 
     @property
     def group_hosts(self) -> int:
-        """Maximum number of hosts that share a copy of the weights, if their memory is enough."""
+        """Number of hosts that may share a copy of the weights.
+
+        More hosts share a copy only if the model needs their memory.
+        """
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 
@@ -67,8 +70,8 @@ def choose_mesh(
         hidden_dim: Width of the model; the size of fsdp must divide it.
         needs: Function that estimates the bytes of memory per device, given the sizes of the axes.
         batch_size: Sequences per micro-batch; the product of data and fsdp must divide it.
-        splits: The axes that may split a sequence (context, tensor), in order of preference. The
-            size of each axis must divide the number given for it here.
+        splits: Name of each axis that may split a sequence -> a number that the size of the axis
+            must divide. The preferred axis comes first.
 
     >>> splits, needs = {"context": 2048, "tensor": 8}, lambda sizes: 64 // sizes["fsdp"]
     >>> choose_mesh(Machine(4, 8, 80), 4096, needs, 32, splits)

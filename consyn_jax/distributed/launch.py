@@ -93,7 +93,7 @@ def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup
 
 
 def _shut_down(process_group: ProcessGroup) -> None:
-    """Disconnect from the other processes after the block has ended without an error."""
+    """Disconnect from the other processes at the end of a run in which no process failed."""
     process_group.leave()
     jax.distributed.shutdown()
     process_group.close()
@@ -142,7 +142,7 @@ def refuse_differences(processes: Sequence[dict[str, str]]) -> None:
     """Raise an error if the processes differ in their flags or versions.
 
     Args:
-        processes: Facts of each process, by name.
+        processes: Flags and versions of each process, by name.
 
     Raises:
         UserError: The processes differ; the message names the facts and the processes.
@@ -184,7 +184,7 @@ def _numbered(numbers: list[int]) -> str:
 
 
 def share_devices(processes: Sequence[tuple[str, Sequence[str]]]) -> list[list[int] | None]:
-    """Choose which of its visible GPUs each process uses.
+    """Divide the GPUs of each host among the processes on that host.
 
     Processes of one host that see the same GPUs share them evenly. A process that sees GPUs of its
     own, as under some schedulers, uses all of them.

@@ -184,7 +184,7 @@ def check_batch(
         sequences: Sequences per row.
 
     Raises:
-        UserError: A size is not divisible; the message gives the nearest sizes that are.
+        UserError: A size is not divisible; the message gives the nearest valid sizes.
     """
     rows = sizes["data"] * sizes["fsdp"]
     if batch_size % rows:
@@ -221,7 +221,7 @@ def check_model(sizes: dict[str, int], dimensions: dict[str, int]) -> None:
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """Return the sorted indices of the rows of a global batch on this process's devices."""
+    """Return the sorted indices of the rows of a global batch that this process's devices hold."""
     spec = sharding(mesh, ("batch",))
     index_of = spec.addressable_devices_indices_map((num_rows,))
     return np.unique(

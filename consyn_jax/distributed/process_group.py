@@ -63,7 +63,7 @@ class Connection:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[list[Any]] | None:
-        """Return the messages that have arrived; None if the other end is gone or sends no JSON."""
+        """Return the messages that have arrived; None if the connection or a message is broken."""
         try:
             data = self.socket.recv(1 << 16)
             *lines, self._rest = (self._rest + data).split(b"\n")
@@ -126,7 +126,7 @@ class ProcessGroup:
     Attributes:
         process_id: Number of this process.
         progress: Progress of this process as JSON, which heartbeats send to process 0.
-        noted: The latest text that any process has sent by `note`.
+        noted: The latest text that any process has sent with `note`.
         describe: Function that names the process that is late, given the progress of all processes.
             It is called in process 0.
         before_end: Function that is called before the thread ends this process. Its argument is
@@ -243,7 +243,7 @@ class ProcessGroup:
     def _end_others(self, code: int, sentence: str, stuck: bool, origin: int | None = None) -> None:
         """In process 0, end the other processes and wait for their exit.
 
-        If process 0 exited first, the other processes would report it as the cause.
+        If process 0 exited first, the other processes would report process 0 as the cause.
         """
         connections = [
             connection
@@ -333,7 +333,7 @@ class ProcessGroup:
         return f"{self.names[number]} {what}, so the run ends. {AGAIN}"
 
     def _collect(self, number: int, gather: int, text: str) -> None:
-        """In process 0, store a process's text; when all have arrived, send them to everyone."""
+        """In process 0, store a process's text; after the last text, send all texts to everyone."""
         with self._news:
             texts = self._texts.setdefault(gather, {})
             texts[number] = text

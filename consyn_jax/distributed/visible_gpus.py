@@ -41,7 +41,7 @@ def visible_gpus(driver: Path = DRIVER, devices: Path = DEVICES) -> list[str]:
 
 
 def _usable(driver: Path, devices: Path) -> list[str]:
-    """UUIDs of the GPUs whose device files this process may open, by PCI bus id."""
+    """UUIDs of the GPUs whose device files this process may open, in order of PCI bus id."""
     found = []
     for path in sorted(driver.glob("*/information")):
         try:

@@ -22,7 +22,7 @@ class Process:
     """One process of the group: its host, its clock, and the hosts that it cannot reach.
 
     Attributes:
-        offset_s: how far this host's clock is ahead of process 0's.
+        offset_s: how far this host's clock is ahead of process 0's clock.
         uncertainty_s: the largest possible error of `offset_s`.
         unreachable: the hosts to which this process could not connect, each with the reason.
     """
@@ -54,7 +54,7 @@ def _names(group: ProcessGroup) -> list[str]:
 
 
 def _offsets(group: ProcessGroup) -> tuple[float, float]:
-    """Return how far this clock is ahead of process 0's, and the uncertainty, in seconds.
+    """Return how far this host's clock is ahead of process 0's clock, and the error, in seconds.
 
     Each process reads its clock when a gather returns. The gather returns in this process and in
     process 0 at times that differ by at most the duration of the gather.
@@ -77,7 +77,7 @@ def _try_connections(group: ProcessGroup) -> list[str]:
         address = [socket.gethostname(), server.getsockname()[1], group.process_id]
         everyone = [json.loads(text) for text in group.gather(json.dumps(address))]
         failed = _unreachable(everyone, group.process_id)
-        group.gather("")  # the others may still be trying
+        group.gather("")  # other processes may still be connecting
     return failed
 
 

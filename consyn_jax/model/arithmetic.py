@@ -174,9 +174,8 @@ class MemoryEstimate:
         moments: Bytes of the optimizer's moments.
         gradients: Bytes of the float32 gradients, which are summed over micro-batches.
         activations: Bytes of the activations that all blocks save for the backward pass.
-        working: Bytes of temporary memory at the peak of the step. The peak is either in the
-            backward pass of one block, or in the loss, when the micro-batch has logits but no
-            gradients yet.
+        working: Bytes of temporary memory at the peak of the step. The peak is in the backward pass
+            of one block, or in the loss, where a micro-batch has logits but no gradients yet.
     """
 
     parameters: int
@@ -241,7 +240,7 @@ def estimate_memory(
     lora: LoraOptions = NO_LORA,
     gpu_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate a train step's memory on one device, within a tenth for presets (tests/planning).
+    """Estimate a train step's memory on one device; for presets, the error is below a tenth.
 
     Args:
         sizes: Number of devices along each mesh axis.
@@ -259,14 +258,14 @@ def estimate_memory(
     own = num_parameters(c) / (fsdp * tensor)
     head = c.padded_vocab_size * c.hidden_dim / tensor
     block, saved = _block_bytes(c, tensor, remat)
-    # One block's weight gradients, its weights, and the next block's.
+    # The weight gradients of one block, its weights, and the weights of the next block.
     weights = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
     activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
     at_head = _head_bytes(c, tokens, tensor, gpu_bytes)
     if fsdp > 1:  # the input embedding's gradient is sharded only at the end
         at_block += head * FLOAT32
-    if accumulation > 1:  # added to accumulated gradients in place, except the embeddings'
+    if accumulation > 1:  # added to the accumulated gradients in place, except for embeddings
         at_head += own * FLOAT32
         at_block += head * FLOAT32 / fsdp
     at_block += own * FLOAT32
@@ -302,7 +301,7 @@ def _adapter_memory(
     frozen = matrices * BASE_BYTES[lora.lora_base_dtype] + others * plain
     block, saved = _block_bytes(c, tensor, remat)
     # While the backward pass repeats a block's forward pass, the block's weights are in memory in
-    # 16 bits, and with fsdp those of the next block, too.
+    # 16 bits. With fsdp, the weights of the next block are in memory, too.
     dense = BF16 * (2 if sizes["fsdp"] > 1 else 1) * num_block_parameters(c) / tensor
     at_block = tokens * (
         (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
@@ -318,7 +317,7 @@ def _adapter_memory(
 
 
 def useful_ranks(c: ModelConfig, lora: LoraOptions) -> dict[str, int]:
-    """The highest rank of an update of each adapted matrix: the length of its shorter side.
+    """Full rank of each adapted matrix, which is the length of the matrix's shorter side.
 
     >>> from consyn_jax.resolve import preset_architecture
     >>> from consyn_jax.model_config import LoraOptions

@@ -1,4 +1,4 @@
-"""The matmuls of a block, with the norms in front of them, in 16 or 32 bits and in 8."""
+"""The matmuls of a block and the norms before them, in 32, 16 or 8 bits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PlainMatmuls:
     Attributes:
         product: Matmul function, such as `linear`.
         norms: The norm functions, from `attention.Backend.norms`.
-        pair: `linear_pair` if two matmuls with trained matrices are faster as one, else None.
+        pair: `linear_pair` if one call is faster than two matmuls with trained matrices, else None.
     """
 
     product: Product = linear
@@ -72,14 +72,14 @@ class PlainMatmuls:
     def normed_qkv(
         self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
     ) -> tuple[Stream, tuple[jax.Array, ...]]:
-        """Return x, and the products of its norm with the matrices of q, k and v."""
+        """Return x, and the products of norm(x) with the matrices of q, k and v."""
         x_BTD, *branches = self.norms.branch(x_BTD, scale_D, eps, len(weights))
         return x_BTD, tuple(self.product(x, w) for x, w in zip(branches, weights, strict=True))
 
     def normed_mlp(
         self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
     ) -> tuple[Stream, Stream]:
-        """Return x + added, and the output of SwiGLU on its norm, without the output's bias."""
+        """Return y = x + added, and the MLP's output for norm(y) before the bias of `down`."""
         pair = self.pair if isinstance(mlp.gate, jax.Array) else None
         uses = 2 if pair is None else 1
         x_BTD, *branches = self.norms.branch(x_BTD, mlp.norm, eps, uses, added_BTD)
@@ -104,7 +104,7 @@ class EightBitMatmuls:
 
     Attributes:
         rotate: Norms and rotates queries or keys, from `attention.Backend.norms`.
-        scales: Scales of the block; None for scales that are computed from the arrays themselves.
+        scales: Scales of the block's arrays; None to compute the scales from the arrays.
         recast: Whether the backward pass casts float32 weights again, as in `linear`.
         writers: Functions that write 8-bit operands, given their scales.
     """
@@ -124,24 +124,25 @@ class EightBitMatmuls:
     def normed_qkv(
         self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
     ) -> tuple[Stream, tuple[jax.Array, ...]]:
-        """Return x, and the products of its norm with the matrices of q, k and v."""
+        """Return x, and the products of norm(x) with the matrices of q, k and v."""
         return fp8_normed_qkv(x_BTD, scale_D, weights, self.scales, self._how(eps))
 
     def normed_mlp(
         self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
     ) -> tuple[Stream, Stream]:
-        """Return x + added, and the output of SwiGLU on its norm, without the output's bias."""
+        """Return y = x + added, and the MLP's output for norm(y) before the bias of `down`."""
         return fp8_normed_mlp(x_BTD, added_BTD, mlp, self.scales, self._how(eps))
 
 
 def matmuls_of(
     fp8: bool, recast: bool, norms: Norms, writers: Callable[[], Writers]
 ) -> Callable[[Scales | None], Matmuls]:
-    """Return a function from a block's scales, which only fp8 has, to its matmuls.
+    """Return a function that makes the matmuls of a block from the block's scales.
 
-    Two matmuls that read the same norm are computed as one where `norms` say that it is faster. In
-    fp8 they stay separate, because each matrix has its own scale. They also stay separate if fsdp
-    shards weights, because a single matrix's gradient is ready for its collective sooner.
+    Only fp8 uses the scales. Two matmuls that read the same norm are computed as one if
+    `norms.merges` is true. In fp8 they stay separate, because each matrix has its own scale. They
+    also stay separate if fsdp shards weights, because the gradient of a single matrix is ready for
+    its collective sooner.
     """
     if fp8:
         return lambda scales: EightBitMatmuls(norms.rotate, scales, recast, writers())
@@ -153,7 +154,10 @@ def matmuls_of(
 
 @jax.checkpoint
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
-    """Compute silu(gate) * up (Shazeer, 2020); only `gate` and `up` are saved for backward."""
+    """Compute silu(gate) * up (Shazeer, 2020).
+
+    Only `gate` and `up` are saved for the backward pass.
+    """
     return jax.nn.silu(gate) * up
 
 

@@ -36,7 +36,7 @@ def norm_then_branch(
     uses: int,
     added_BTD: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], ...]:
-    """Return x + added, and `uses` copies of its norm, one for each matmul that reads it.
+    """Return y = x + added, and `uses` copies of norm(y), one for each matmul that reads it.
 
     This is the reference for the kernel `branched_norm`.
     """
@@ -69,9 +69,9 @@ class Norms(NamedTuple):
     """The norm functions of a block.
 
     Attributes:
-        branch: Norms the residual stream, with the signature of `norm_then_branch`.
-        rotate: Norms and rotates queries or keys, with the signature of `norm_then_rope`.
-        merges: Whether two matmuls of the same normed input are faster as one.
+        branch: Normalises the residual stream; has the signature of `norm_then_branch`.
+        rotate: Normalises and rotates queries or keys; has the signature of `norm_then_rope`.
+        merges: Whether it is faster to compute two matmuls of the same normalised input as one.
     """
 
     branch: Callable[..., tuple[jax.Array, ...]] = norm_then_branch

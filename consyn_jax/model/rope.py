@@ -41,12 +41,12 @@ def rope_table(positions: Int[Array, "B T"], length: int, head_dim: int, theta: 
 def rope_of(
     config: ModelConfig, positions_BT: Int[Array, "B T"], length: int, span: Span | None = None
 ) -> Rope:
-    """Cosines and sines of the model's rotary embedding, for layers that rotate.
+    """Cosines and sines of the rotary embedding, for the layers that use it.
 
     Args:
         length: Upper bound of the positions.
-        span: Length in tokens of each token's document, by default `length`. The scalings dynamic
-            and longrope depend on it.
+        span: Length in tokens of each token's document, by default `length`. Only the scalings
+            `dynamic` and `longrope` depend on it.
     """
     c, scaling = config, config.rope_scaling
     if scaling is None and c.rotary_dim == c.head_dim:
@@ -79,7 +79,7 @@ def rotated_where(rope: Rope, rotates: Bool[Array, ""] | None) -> Rope:
     """Return `rope`, with all angles replaced by 0 if `rotates` is false.
 
     Args:
-        rotates: Whether the layer rotates; None if all layers do.
+        rotates: Whether the layer uses the rotary embedding; None if all layers use it.
     """
     if rotates is None:
         return rope
@@ -94,7 +94,7 @@ def apply_rope(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T
 
 
 def partial_order(config: ModelConfig) -> np.ndarray:
-    """Index in the weight file of each element of a head that rotates partially.
+    """Map the elements of a partially rotated head to their indices in the weight file.
 
     In the file, the first r elements of a head rotate, in pairs (i, i + r/2). In this package pairs
     are (i, i + H/2), and the rotated pairs come first. The same permutation of queries and keys
@@ -110,9 +110,9 @@ def partial_order(config: ModelConfig) -> np.ndarray:
 
 
 def _table(config: ModelConfig, pairs: np.ndarray, positions: jax.Array, length: int) -> Rope:
-    """Cosines and sines of the positions, if the frequencies are the same for all documents.
+    """Read cosines and sines from a table with `length` rows, as `rope_table` does.
 
-    They are read from a table with `length` rows, as in `rope_table`.
+    All documents use the same frequencies.
 
     Args:
         pairs: Frequencies of the rotated pairs, in radians per token.
@@ -124,14 +124,17 @@ def _table(config: ModelConfig, pairs: np.ndarray, positions: jax.Array, length:
 
 
 def _whole_head(config: ModelConfig, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Frequency and attention factor of each pair of a head; 0 and 1 for pairs not rotated."""
+    """Frequency and attention factor of each pair of a head; 0 and 1 for pairs without rotation."""
     rest = (0, config.head_dim // 2 - pairs.size)
     factors = np.full(pairs.size, attention_factor(config), np.float32)
     return np.pad(pairs, rest), np.pad(factors, rest, constant_values=1)
 
 
 def _dynamic(config: ModelConfig, positions: jax.Array, span: Span, context: int) -> Rope:
-    """Rotations whose base grows with a document's length beyond the context ("NTK-aware")."""
+    """Cosines and sines of "NTK-aware" scaling.
+
+    If a document is longer than the context, the base grows with the length of the document.
+    """
     scaling, dim = config.rope_scaling, config.rotary_dim
     factor = _known(_known(scaling).factor)
     stretch = factor * jnp.maximum(span, context) / context - (factor - 1)
@@ -177,7 +180,7 @@ def _linear(plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: boo
 def _dynamic_short(
     plain: np.ndarray, s: RopeScaling, config: ModelConfig, is_long: bool
 ) -> np.ndarray:
-    """Unscaled frequencies for documents within the context; `_dynamic` scales for longer ones."""
+    """Return unscaled frequencies; `_dynamic` handles documents longer than the context."""
     return plain
 
 

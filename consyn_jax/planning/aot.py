@@ -1,8 +1,8 @@
 """Compile the train step of a run for absent devices, and summarise the program.
 
 The CUDA plugin and libtpu can compile for a described machine without a driver. This needs
-environment variables that JAX reads at its start, so compiling runs in a process of its own. It
-also needs the packages of the extra `cuda13` or `tpu`.
+environment variables that JAX reads at its start, so compiling runs in a process of its own. The
+packages of the extra `cuda13` or `tpu` must be installed.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class CompiledProgram:
             do not name the optimizer's instructions.
         hidden_share: the share of the collectives' time that the compiler's schedule overlaps with
             matmuls (planning/timeline.py). None for TPUs, whose times are unknown.
-        warnings: warnings of the SPMD partitioner, one per array that it gathers to reshard it.
+        warnings: one warning of the SPMD partitioner for each array that is gathered and resharded.
     """
 
     parameter_bytes: int

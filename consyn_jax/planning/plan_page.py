@@ -62,7 +62,7 @@ def verdict(plan: Plan) -> str:
 
 
 def _not_compiled(plan: Plan) -> Iterator[str]:
-    """Explain why the figures are not the compiler's."""
+    """Explain why the figures are estimates, and not figures from the compiler."""
     if plan.refused_bytes is not None:
         yield (
             f"The compiler refused the program: it needs {plan.refused_bytes / GIB:.2f} GiB of "
@@ -262,7 +262,7 @@ def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[
     )
     yield (
         f"attention at {attention}; attention inside documents at {roofline.DOCUMENT_SHARE:.0%} of "
-        f"these rates, with documents as long as a sequence"
+        f"these rates, if documents are as long as a sequence"
     )
     link = gpu.link_bandwidth * network.LINK_EFFICIENCY / 1e9
     ports = gpu.network_bandwidth * network.LINK_EFFICIENCY / 1e9
@@ -345,7 +345,7 @@ def _each_step(plan: Plan) -> str:
 def _plainest(ways: list[Alternative]) -> list[Alternative]:
     """Select a few variants of a plan, the best first.
 
-    A variant is left out if it has all changes of another variant and more.
+    A variant is left out if its changes include all changes of another variant.
     """
     plain: list[Alternative] = []
     for way in sorted(ways, key=lambda way: (len(way.changes), way.cost)):

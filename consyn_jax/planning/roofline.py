@@ -71,8 +71,8 @@ class StepTime:
     Attributes:
         matmuls, attention, memory: matmuls, attention kernels and memory-bound kernels, each
             multiplied by the factor of `stretch_of`.
-        optimizer: the update, the sum of the micro-batches' gradients, and the transfer of moments
-            in host memory.
+        optimizer: the update, including the summing of gradients over micro-batches, and the
+            transfer of moments to and from host memory.
         network: seconds of collectives, by mesh axes, and of transfers of activations to host
             memory. The part that overlaps with kernels is included.
         exposed: the part of the network's time that adds to the step.
@@ -97,7 +97,7 @@ def estimate_step(
     """Estimate the time of a step on a topology.
 
     Args:
-        communicated: the collectives of the compiled step; None to estimate them as well.
+        communicated: the collectives of the compiled step; if None, they are estimated, too.
     """
     gpu, stretch = topology.gpu, stretch_of(work, topology)
     matmuls, attention = _matmul_seconds(work, gpu), _attention_seconds(work, gpu)
@@ -190,7 +190,8 @@ def _widths(work: Workload) -> tuple[float, float, float]:
 def _attention_seconds(work: Workload, gpu: DescribedGpu) -> float:
     """Seconds of the attention kernels of a step.
 
-    The forward pass has 2 matmuls, the backward pass 5. The policy `full` runs forward twice.
+    The forward pass has 2 matmuls, the backward pass 5. With the policy `full`, the forward pass
+    runs twice.
     """
     passes = 4.5 if work.remat == "full" else 3.5
     efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (
@@ -203,8 +204,8 @@ def _attention_seconds(work: Workload, gpu: DescribedGpu) -> float:
 def _attention_flops(work: Workload) -> Number:
     """FLOPs of attention in a block's forward pass on one GPU: two matmuls.
 
-    Masked scores are not counted. The result is the mean over the blocks, of which some may have a
-    sliding window.
+    Masked scores are not counted. The result is the mean over all blocks, because some blocks may
+    have a sliding window.
     """
     c = work.model
     windows = [min(work.length, window or work.length) for window in c.windows]
@@ -214,7 +215,7 @@ def _attention_flops(work: Workload) -> Number:
 
 
 def _memory_seconds(work: Workload, gpu: DescribedGpu) -> float:
-    """Seconds of the memory-bound kernels of a step, without the optimizer's."""
+    """Seconds of the memory-bound kernels of a step, without the kernels of the optimizer."""
     passes, layers = 3.0 if work.remat == "none" else 4.0, work.model.num_layers
     size = (
         passes * layers * _elementwise_bytes(work)
@@ -239,9 +240,10 @@ def _elementwise_bytes(work: Workload) -> Number:
 def _quantising_bytes(work: Workload) -> Number:
     """Bytes that fp8's quantisation reads and writes, for a block's forward and backward pass.
 
-    The kernels of norm and SwiGLU write 8 bits in two layouts instead of bfloat16, which are as
-    many bytes. The other arrays are read once and written in both layouts: the input of o, and
-    the gradients of q, k, v, o and down. Weights are read twice, first for their maximum.
+    The kernels of norm and SwiGLU write 8-bit values in two layouts. These take as many bytes as
+    the bfloat16 array that they replace, so they are not counted. The other arrays are read once
+    and written in both layouts: the input of o, and the gradients of q, k, v, o and down. Weights
+    are read twice, the first time for their maximum.
     """
     if not work.fp8:
         return 0
@@ -256,7 +258,7 @@ def _quantising_bytes(work: Workload) -> Number:
 
 
 def _optimizer_seconds(work: Workload, gpu: DescribedGpu) -> float:
-    """Seconds of the update on one GPU, including the sum of the micro-batches' gradients."""
+    """Seconds of the update on one GPU, including the summing of gradients over micro-batches."""
     whole = num_parameters(work.model)
     trained = num_adapter_parameters(work.model, work.lora) if work.lora.is_used else whole
     parameters = trained / (work.sizes["fsdp"] * work.sizes["tensor"])

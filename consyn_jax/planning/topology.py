@@ -100,7 +100,7 @@ class GpuTopology(Topology):
 
     @property
     def description(self) -> str:
-        """Number of hosts, GPUs per host, and the driver's name of the GPU."""
+        """Number of hosts, GPUs per host, and the driver's name for the GPU."""
         return f"{self.hosts} x {self.gpus_per_host} {self.gpu.kind}"
 
     def described_devices(self) -> Sequence[Any]:
@@ -136,7 +136,7 @@ class TpuTopology(Topology):
 
     @property
     def description(self) -> str:
-        """Number and shape of the slices, and JAX's name of the device."""
+        """Number and shape of the slices, and JAX's name for the device."""
         name, shape = f"{self.tpu.key} ({self.tpu.kind})", "x".join(map(str, self.shape))
         slices = "1 slice" if self.slices == 1 else f"{self.slices} slices"
         each = self.tpu.devices_per_chip

@@ -87,7 +87,7 @@ class Lease:
         if self._bucket.put(self._key, self._content(), None) is not None:
             raise UserError(
                 f"The store of {self._place} ignores the condition If-None-Match, so two runs "
-                "could write there at once. Use a store that supports conditional writes."
+                "could write there at the same time. Use a store that supports conditional writes."
             )
 
     def _watch(self, content: bytes, version: str) -> None:

@@ -84,7 +84,7 @@ def learn_merges(
 
 
 class _Learner:
-    """State of the training: counts of pairs, the words of each pair, and a heap of pairs by count.
+    """State of the training: count of each pair, words that contain each pair, and a heap of pairs.
 
     A heap entry with an outdated count is replaced when it reaches the top.
     """

@@ -38,11 +38,11 @@ class TokenizerFiles:
 
     Attributes:
         json_text: the text of the tokenizer.json, converted from other files if there is none.
-        roles: special tokens that the files assign to roles, by role.
+        roles: the special token that the files assign to each role, such as "bos_token".
         add_bos: `add_bos_token` of tokenizer_config.json; None if absent.
         kept: original content of the files, by name.
         model_type: model type in the config.json of the same directory; None if absent.
-        declared: special tokens that tokenizer_config.json declares by id.
+        declared: added tokens that tokenizer_config.json declares, by id.
     """
 
     json_text: str

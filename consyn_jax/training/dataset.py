@@ -54,7 +54,7 @@ class ConsynDataset:
         self.prepared, self.packed, self.seed, self.shuffle = prepared, packed, seed, shuffle
 
     def with_seed(self, seed: int) -> ConsynDataset:
-        """Return the same sequences in the order of another seed."""
+        """Return the same sequences in an order that another seed determines."""
         return ConsynDataset(self.prepared, self.packed, seed, self.shuffle)
 
     def __len__(self) -> int:
@@ -173,7 +173,7 @@ class MixedDataset:
         self.num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
 
     def with_seed(self, seed: int) -> MixedDataset:
-        """Return the same sources in the order of another seed."""
+        """Return the same mixture in an order that another seed determines."""
         return MixedDataset(self.sources, self.weights, seed)
 
     def __len__(self) -> int:
@@ -205,11 +205,11 @@ def get_dataset(
         data_path: A file, directory, glob, Hugging Face dataset, token store or "sample", or a list
             of these.
         tokenizer: A tokenizer, or a value of `--tokenizer`. By default, a token store keeps its
-            tokenizer, and other data gets the default of that flag.
+            tokenizer, and other data gets the default of `--tokenizer`.
         block_size: Tokens per sequence.
         split: "train", "validation" or "test".
-        packing, on_long_rows: Values of the flags of these names. The default (None) does not cut
-            rows with prompts.
+        packing, on_long_rows: Values of `--packing` and `--on_long_rows`. By default (None), rows
+            with prompts are not cut.
         test_fraction: Share of the documents that goes into the split "test".
         options: Other flags of `consyn-prepare` for reading and cleaning, by name.
 
@@ -286,7 +286,9 @@ def _check_arguments(
         )
     for name, number in numbers.items():
         if not is_whole(number) or number < LOWEST[name]:
-            raise UserError(f"{name} must be a whole number from {LOWEST[name]}, not {number!r}.")
+            raise UserError(
+                f"{name} must be a whole number of at least {LOWEST[name]}, not {number!r}."
+            )
     for name, words in CHOICES.items():
         if choices.get(name) not in (None, *words):
             raise UserError(

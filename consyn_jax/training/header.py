@@ -136,7 +136,7 @@ def show_rates(schedule: optax.Schedule, total_steps: int, path: Path) -> None:
 
 
 def _rank_warnings(lora: LoraOptions, config: ModelConfig) -> Iterator[str]:
-    """Warn of a LoRA rank above the full rank of a matrix, which only costs memory and time."""
+    """Warn of a LoRA rank above a matrix's full rank; such a rank only costs memory and time."""
     ranks = useful_ranks(config, lora)
     small = [name for name, rank in ranks.items() if lora.rank > rank]
     if small:
@@ -150,7 +150,7 @@ def _rank_warnings(lora: LoraOptions, config: ModelConfig) -> Iterator[str]:
 def unused_evaluations(
     has_data: bool, run: RunConfig, origins: Mapping[str, str], callbacks: Sequence[Any]
 ) -> list[str]:
-    """Warnings about settings of a run from Python that have no effect without evaluation data."""
+    """Warn of settings that have no effect without evaluation data, in a run started in Python."""
     steps = run.evaluation.eval_steps
     unused = [f"eval_steps={steps}"] if steps and origins["eval_steps"] == "keyword" else []
     heard = [type(each).__name__ for each in callbacks if hasattr(each, "on_evaluate")]

@@ -23,8 +23,8 @@ class TrainState(NamedTuple):
     Attributes:
         nonfinite: Number of consecutive steps, up to the last one, whose loss or gradients were not
             finite (training/optim/skip_nonfinite.py).
-        scales: In fp8, the scales [L, arrays] of each block's 8-bit arrays, as a tuple of one
-            array; otherwise empty.
+        scales: In fp8, a tuple of one array: the scale of each 8-bit array in each block. Otherwise
+            empty.
     """
 
     step: Int[Array, ""]
@@ -53,8 +53,8 @@ Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 Sums = LossSums | PairSums
 # Maps parameters, one micro-batch [B, T] and, in fp8, the state's scales to the objective, summed
-# over its terms (tokens or pairs), and the sums to report. Its "gradient" of the scales is the
-# largest magnitude of each array (model/fp8/products.py).
+# over its terms (tokens or pairs), and the sums to report. The "gradient" of the objective with
+# respect to the scales is the largest magnitude of each array (model/fp8/products.py).
 Objective = Callable[..., tuple[Float[Array, ""], Sums]]
 # Maps (summed gradients, factor, state, the step's metrics so far) to new parameters and optimizer
 # state. The gradients times the factor are clipped means. The update multiplies them where it reads
@@ -96,8 +96,8 @@ def accumulate(
     over the micro-batches.
 
     Returns:
-        The sums of the loss, those of the gradients, and the largest magnitudes in all
-        micro-batches, in the form of `scales`.
+        The sums of `objective` to report, the summed gradients, and the largest magnitude of each
+        8-bit array, in the form of `scales`.
     """
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["labels"].shape[0] == 1:
@@ -112,8 +112,8 @@ def accumulate(
         value, pull, own = jax.vjp(
             lambda p, *s: objective(p, part, *s), params, *scales, has_aux=True
         )
-        # A layer's gradient is added to its total as soon as it is known. Scales are no
-        # references, so what belongs to them is returned.
+        # A layer's gradient is added to its total as soon as it is known. Scales have no
+        # references, so their "gradients" are returned.
         found = pull.with_refs(totals, *scales)(jnp.ones_like(value))[1:]
         sums, largest = carry
         return (

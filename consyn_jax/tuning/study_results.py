@@ -25,8 +25,9 @@ class TrialResult:
 
     Attributes:
         outcome: how the trial ended, or `RUNNING`.
-        value: the best evaluation if the trial is done, otherwise the last; None before the first.
-        curve: values of the evaluations, by their number from 0.
+        value: the best evaluation of a complete trial, or the latest evaluation of another trial;
+            None before the first evaluation.
+        curve: value of each evaluation, by the number of the evaluation, counted from 0.
         step: number of steps taken.
         steps: number of steps of a complete trial.
     """
@@ -63,7 +64,7 @@ class StudyResults:
 
     @property
     def saved(self) -> float:
-        """Fraction of the planned steps of ended trials that early stopping saved."""
+        """Fraction of planned steps that early stopping saved, over all trials that have ended."""
         ended = [trial for trial in self.trials if trial.steps]
         all_steps = sum(trial.steps for trial in ended)
         return 1 - sum(trial.step for trial in ended) / all_steps if all_steps else 0.0

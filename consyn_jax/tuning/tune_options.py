@@ -73,7 +73,7 @@ class StudyOptions:
     vectorize: str | None = flag(
         None,
         "train several trials of a small model side by side in one program; N: number of "
-        "trials; auto: the number with the most trials per hour that fits in memory (without "
+        "trials; auto: the number that fits in memory and gives the most trials per hour (without "
         "this flag: one trial after the other)",
     )
     storage: str | None = flag(
@@ -263,7 +263,7 @@ def _check_run(config: RunConfig) -> None:
     """Check that the run suits a study.
 
     Raises:
-        UserError: a study does not support one of its flags, or there are no evaluations.
+        UserError: a study does not support a flag of the run, or there are no evaluations.
     """
     known = flags(RunConfig)
     for name, reason in _NOT_HERE.items():

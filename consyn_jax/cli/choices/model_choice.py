@@ -186,8 +186,8 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
 def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return a header line that lists the sizes and the budget set by the config file.
 
-    The user needs it if a flag names another model: these values apply to that model, too. The list
-    is empty if no flag names a model, or the file sets no such value.
+    If a flag names another model, the values of the file apply to that model, too, and the line
+    tells the user. The list is empty if no flag names a model, or the file sets no such value.
     """
     groups = (config.model, config.budget)
     names = [f.name for group in groups for f in fields(group) if f.name not in _NOT_SIZES]
@@ -204,7 +204,7 @@ def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str,
 def deferred_model(
     config: RunConfig, choice: ModelChoice, vocab_size: int, with_tokens: Tokens
 ) -> DeferredModel:
-    """The model to train, whose weights (new, or of `--checkpoint`) are made when needed.
+    """Return the model to train; its weights are drawn, or loaded from `--checkpoint`, later.
 
     Args:
         vocab_size: vocabulary size of new weights.

@@ -36,8 +36,10 @@ from consyn_jax.tokenization import BPETokenizer
 JOURNAL_SECONDS = 2.0
 
 Publish = Callable[[TokenStoreWriter | None, Report | None], bool]
-"""Function called after each block with the writer (None while its documents must not be read yet)
-and the counts so far (None if unknown). The preparation stops if it returns true.
+"""Function called after each block; the preparation stops if the function returns true.
+
+Its arguments are the writer and the counts so far. The writer is None while the documents that it
+has written must not be read yet. The counts are None if they are unknown.
 """
 
 
@@ -53,7 +55,7 @@ class Preparation:
         resumed: whether `state` is the journal of an earlier process.
 
     Raises:
-        UserError: `directory` cannot be written, or does not fit the journal.
+        UserError: `directory` cannot be written, or does not match the journal.
     """
 
     def __init__(self, spec: Spec, directory: Path, state: Journal, resumed: bool) -> None:
@@ -325,7 +327,7 @@ class Preparation:
 
 
 def text_bytes(spec: Spec) -> int:
-    """Number of bytes of all sources; a dataset that is not downloaded yet has no stable size."""
+    """Number of bytes of all sources except Hub datasets, whose size changes with the download."""
     return sum(source.num_bytes for source in spec.sources if source.files or source.kind == SAMPLE)
 
 
@@ -364,7 +366,7 @@ class Duplicates:
             may_repeat: True for documents that are kept even if they equal an earlier one.
 
         Returns:
-            Indices of the repeated documents, by the rule that found them.
+            Indices of the documents that repeat an earlier one, by the rule that found them.
         """
         found, left = {}, np.arange(len(digests))
         for rule, index in self._indices.items():

@@ -24,7 +24,7 @@ CHUNK = 1 << 14
 
 
 class Recorded:
-    """An index whose entries are stored in a file, used by one process at a time."""
+    """An index whose entries are stored in a file; only one process may use it at a time."""
 
     def __init__(self, records: RecordFile) -> None:
         self._records = records
@@ -83,7 +83,7 @@ class ExactDuplicates(Recorded):
 
 
 def first_of_equal(digests: UInt8[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]:
-    """Whether each digest repeats no earlier one."""
+    """Whether each digest differs from all earlier digests."""
     first = np.zeros(len(digests), bool)
     first[_first_of_equal(*_halves(digests))] = True
     return first
@@ -92,7 +92,7 @@ def first_of_equal(digests: UInt8[np.ndarray, "n 16"]) -> Bool[np.ndarray, " n"]
 def _first_of_equal(
     high: UInt64[np.ndarray, " n"], low: UInt64[np.ndarray, " n"]
 ) -> Int64[np.ndarray, " m"]:
-    """Indices of the digests that repeat no earlier one, sorted by digest."""
+    """Return the index of the first occurrence of each distinct digest, in order of digest."""
     order = np.lexsort((low, high))  # stable: of equal digests the earliest comes first
     repeated = np.zeros(len(order), bool)
     repeated[1:] = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
@@ -120,7 +120,7 @@ class SortedRuns:
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, keys: UInt64[np.ndarray, " n"], values: UInt[np.ndarray, " n"]) -> None:
-        """Add pairs, in any order."""
+        """Add pairs of a key and a value, in any order."""
         if not len(keys):
             return
         order = np.argsort(keys)

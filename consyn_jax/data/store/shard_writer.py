@@ -239,7 +239,7 @@ class ShardWriter:
             del entry["target_tokens"]
         if "origins" in self._files:
             entry["origins"] = self._paths["origins"].name
-        # In one order, because a resumed writer opens its files in another one.
+        # The order is fixed here, because a resumed writer opens its files in another order.
         for kind in filter(self._files.__contains__, names):
             self._files[kind].seek(0)
             entry[names[kind]] = hashlib.file_digest(self._files[kind], "sha256").hexdigest()

@@ -18,7 +18,7 @@ from consyn_jax.model.parameters import Params
 
 
 def chosen_steps(run: Path, spec: str) -> list[int]:
-    """Return the steps of the checkpoints that `--average` selects: the newest N, or those listed.
+    """Return the steps of the checkpoints that `--average` selects: the newest N, or listed steps.
 
     Raises:
         UserError: The value is neither a number nor a list of steps, or the run lacks a step.

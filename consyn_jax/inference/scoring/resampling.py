@@ -1,4 +1,4 @@
-"""Bootstrap intervals (Efron, 1979) of means and ratios: percentiles of resamples."""
+"""Bootstrap confidence intervals of means and ratios, by the percentile method (Efron, 1979)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 AT_ONCE = 1 << 22  # draws held in memory at once
-LEAST = 2  # units; a single unit has no spread
+LEAST = 2  # smallest number of units; a single unit has no spread
 
 
 class Interval(NamedTuple):
@@ -29,7 +29,7 @@ def ratio_interval(
         over, under: [n], one value per unit; `under` is all ones for a mean.
 
     Returns:
-        The interval; None without resamples, or with fewer than two units.
+        The interval; None if `resamples` is 0 or there are fewer than two units.
 
     >>> ratio_interval(np.array([0.0, 1.0] * 50), np.ones(100), 1000, 0)
     Interval(low=0.4, high=0.6)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """A window over tokens `begin` to `end` (excluded) of a document; it scores from `first` on."""
+    """Tokens `begin` to `end` (excluded) of a document; those from `first` on are scored."""
 
     begin: int
     end: int

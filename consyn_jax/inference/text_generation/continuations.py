@@ -1,4 +1,4 @@
-"""Continue prompts, each up to its EOS token, a stop string or a limit."""
+"""Continue each prompt until an EOS token, a stop string or a limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Wish:
         max_tokens: Maximum number of new tokens; fewer if the context is full earlier.
         sequences: Number of continuations of each prompt.
         stop: Stop strings, which end a continuation and are left out of it.
-        streams: Whether to yield new text every few tokens, and not only in larger pieces.
+        streams: Whether to yield new text every few tokens; otherwise it comes in larger pieces.
     """
 
     max_tokens: int
@@ -36,12 +36,13 @@ class Update(NamedTuple):
     """New text of a continuation.
 
     Attributes:
-        prompt, sequence: Index of the prompt, and of this continuation among its continuations.
+        prompt: Index of the prompt.
+        sequence: Index of the continuation among all continuations of this prompt.
         new: Text added since the last update.
         text: The complete text so far.
         tokens: Number of tokens of `text`.
-        ends: "" while it continues; then the reason of its end: "eos", "stop" (a stop string),
-            "length" (`max_tokens`) or "context" (the model's context is full).
+        ends: Why the continuation has ended: "eos", "stop" (a stop string), "length" (`max_tokens`)
+            or "context" (the model's context is full); "" while it goes on.
     """
 
     prompt: int
@@ -90,7 +91,7 @@ def continuations(
 
 
 def _take(stream: TextStream, tokens: Sequence[int], last: bool) -> tuple[int, str]:
-    """Push tokens up to a stop string; return their number and the new text."""
+    """Push tokens up to a stop string; return the number of pushed tokens and the new text."""
     new, taken = "", 0
     for token in tokens:
         new += stream.push([token])

@@ -1,1 +1,1 @@
-"""Matmuls of 8-bit floats: scales, the matmuls, and what writes their operands."""
+"""Matmuls in 8-bit floats: the scales, the products, and the functions that write operands."""

@@ -152,7 +152,7 @@ class Engine:
             yield from self._decode(places, waiting, steps)
 
     def stop(self, request: int) -> None:
-        """Stop generating for a request of the current `run`; it yields no further pieces."""
+        """Stop a request of the current `run`; the request yields no further pieces."""
         self._stopped.add(request)
 
     def reserve(self, tokens: int) -> None:

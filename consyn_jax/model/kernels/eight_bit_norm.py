@@ -1,8 +1,8 @@
 """RMS norm that writes 8-bit floats in both layouts, in Pallas for Triton.
 
-XLA would write the norm in 16 bits, and read it once to cast it, and once more to transpose it.
-Each program of this kernel reads a few rows twice, first for their mean squares (and writes their
-sum with the branch). The second time, they are in the GPU's cache.
+XLA would write the norm in 16 bits, and then read it twice: to cast it and to transpose it. Each
+program of this kernel reads a few rows twice. The first pass computes their mean squares, and
+writes x + added if there is something to add. In the second pass, the rows are in the GPU's cache.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 from consyn_jax.model.fp8.quantisation import FORWARD, Quantised, Scale, narrowed
 from consyn_jax.model.kernels.branched_norm import load, store
 
-# Rows of a program, and columns that it processes at once, 16 elements a thread. A column of the
-# transposed output is written 32 bytes at a time, the smallest unit of a GPU's memory. One program
-# runs on a multiprocessor at a time, so that the rows of all stay in the cache: 17 MB for rows of
-# 2,048. By the compiled code; not measured.
+# Rows per program, and columns that a program processes at once (16 elements per thread). A column
+# of the transposed output is written 32 bytes at a time, the smallest unit of a GPU's memory. Each
+# multiprocessor runs one program at a time, so that the rows of all programs stay in the cache: 17
+# MB for rows of 2,048 elements. This was derived from the compiled code, and not measured.
 ROWS, COLUMNS, NUM_WARPS = 32, 256, 16
 
 
@@ -41,7 +41,7 @@ def eight_bit_norm(
     Args:
         eps: Added to the mean square; must be above zero.
         scale: Scale of the 8-bit norm.
-        added_BTD: A branch that is added to x first, rounded to the dtype of x.
+        added_BTD: A branch to add to x before the norm; the sum is rounded to the dtype of x.
     """
     axes = split_axes(mesh_sizes(), "batch", "sequence")
 
@@ -60,7 +60,12 @@ def eight_bit_norm(
 
 
 def _call(scale_D: Any, scale: Any, arrays: tuple[jax.Array, ...], eps: float) -> Any:
-    """Run the kernel; return the sum if there are two arrays, both outputs and the maxima."""
+    """Run the kernel.
+
+    Returns:
+        x + added (only if there are two arrays), the 8-bit norm, its transpose, and the largest
+        magnitude that each program found.
+    """
     B, T, D = arrays[0].shape
     assert B * T * D < 2**31, "kernels count elements in 32 bits"
     programs, columns = pl.cdiv(B * T, ROWS), min(COLUMNS, pl.next_power_of_2(D))
@@ -101,7 +106,7 @@ def _kernel(norm_ref, scale_ref, *refs, num_rows, dim, columns, eps):
     steps = norm_ref.shape[0] // columns
 
     def tile(j):
-        """The slice of a tile of all rows, and the masks of its columns and elements."""
+        """Return the columns of tile j as a slice, and the masks of valid columns and elements."""
         exists_column = j * columns + jnp.arange(columns) < dim
         exists = exists_row[:, None] & exists_column[None, :]
         return pl.ds(j * columns, columns), exists_column, exists

@@ -1,8 +1,8 @@
 """Attention inside documents on TPUs: JAX's splash attention with this package's masks.
 
 Documents become segment ids. The kernel computes the causal mask from the queries' positions, so no
-mask is in memory. It skips a block of keys if no query of a block attends to it. The reference is
-`attention.attend`.
+mask is in memory. If no query of a block attends to a block of keys, the kernel skips this pair of
+blocks. The reference is `attention.attend`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def splash_attention(
         last_BS: the last position of each key's document, which serves as its segment id.
         window: length of the sliding window in tokens; None for no window.
         has_window: whether this layer has the window; None if all layers have it.
-        part: index of the part that has the queries, if the sequence is split into S / T parts.
+        part: which of the S / T equal sections of the sequence has these queries.
     """
     _, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]
@@ -90,7 +90,7 @@ def splash_attention(
 def _kernel(
     heads: int, T: int, S: int, queries: int, keys: int, window: int | None, some: bool
 ) -> Any:
-    """Build the kernel for a whole sequence; `_part` then slices it to a section of the queries."""
+    """Build the kernel for all queries of a sequence; `_part` then selects a section of them."""
     parts = S // T
     shape = (parts * queries, keys)
     mask: Any = CausalMask(shape)
@@ -119,9 +119,9 @@ def _kernel(
 
 
 def _part(x: Any, part: Any, parts: int) -> Any:
-    """Slice an array of the kernel to one of `parts` equal sections of the queries.
+    """Select one of `parts` equal sections of the queries in an array that the kernel contains.
 
-    The query positions are sliced along their only axis, arrays of block data along axis 1.
+    Query positions are sliced along their only axis, and arrays of block data along axis 1.
     """
     axis = 0 if x.ndim == 1 else 1
     size = x.shape[axis] // parts

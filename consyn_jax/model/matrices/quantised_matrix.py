@@ -1,4 +1,4 @@
-"""Quantised matrices, in 8 and 4 bits per weight, which a block uses in place of arrays."""
+"""Matrices quantised to 8 or 4 bits per weight; a block uses them in place of arrays."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Int8Matrix:
 
 
 def quantised(w: jax.Array, inputs: int) -> Int8Matrix:
-    """Round a matrix to int8, with a scale per output that maps its largest magnitude to 127.
+    """Round a matrix to int8; the scale of each output maps the largest magnitude to 127.
 
     Args:
         inputs: Number of leading dimensions that the product sums over.
@@ -71,8 +71,8 @@ class Nf4Matrix:
     class pads the last block of each output, while blocks of bitsandbytes span several outputs.
 
     Attributes:
-        codes: Indices into the table `NF4`, uint8 [blocks, 32, outputs...]. Each byte holds two,
-            the first in its higher 4 bits.
+        codes: Indices into the table `NF4`, uint8 [blocks, 32, outputs...]. Each byte holds two
+            indices; the first index is in the higher 4 bits.
         largest: Largest magnitude of each block, float32 [blocks, outputs...].
         inputs: Shape of the input dimensions.
     """

@@ -21,7 +21,7 @@ from consyn_jax.model.pretrained.families.rotary import KEYS, write_rotary
 from consyn_jax.model.pretrained.families.smollm3 import SMOLLM3
 from consyn_jax.model_config import ModelConfig
 
-# A model is saved in the layout from which it was loaded, or else in the first that supports it.
+# A model is saved in the layout from which it was loaded, or else in the first suitable layout.
 LAYOUTS = (LLAMA, MISTRAL, QWEN3, QWEN2, MINISTRAL, SMOLLM3, PHI3)
 FAMILIES = {family.model_type: family for family in LAYOUTS}
 GENERATION = "generation_config.json"

@@ -87,7 +87,7 @@ class ChatEncoder:
         """Encode a conversation to ids and targets.
 
         Raises:
-            TemplateFault: the template refuses the conversation, or it has no text to train on.
+            TemplateFault: the template refuses the conversation, or renders no text to train on.
         """
         template = self._template_of(chat)
         chat, holds_special = self._prepared(chat, template)
@@ -128,7 +128,7 @@ class ChatEncoder:
         return self._template if chat.tools is None else self._tool_template
 
     def _prepared(self, chat: Chat, template: ChatTemplate) -> tuple[Chat, bool]:
-        """Prepare a conversation for rendering; also return whether it holds special tokens."""
+        """Prepare a conversation for rendering; also return whether it contains special tokens."""
         takes_strings = bool(_STRING_ARGUMENTS.search(template.source))
         chat = Chat(
             [_with_objects(message, takes_strings) for message in chat.messages],
@@ -168,9 +168,12 @@ class ChatEncoder:
         return text, encoding.ids, _targets(encoding.offsets, spans)
 
     def _encode(self, written: str, spans: Spans) -> tuple[str, list[int], np.ndarray]:
-        """Encode a rendered text that has marks: (text without marks, ids, targets).
+        """Encode a rendered text in which marks protect special tokens.
 
-        Text between two marks is encoded as ordinary text.
+        The text between two marks is encoded as ordinary text.
+
+        Returns:
+            (text without marks, ids, targets).
         """
         texts: list[str] = []
         ids: list[int] = []
@@ -304,7 +307,7 @@ def _with_objects(message: Mapping[str, Any], takes_strings: bool) -> dict[str, 
 
 
 def _decoded(call: Any) -> Any:
-    """Return a tool call with its arguments decoded, if they are a JSON string of an object."""
+    """Decode the arguments of a tool call if they are a string that contains a JSON object."""
     if not isinstance(call, dict):
         return call
     function = call.get("function", call)

@@ -37,7 +37,7 @@ class TemplateFault(Exception):
 
 
 def writes_date(source: str) -> bool:
-    """Whether a template writes the current date; it always gets `RENDERED_DAY` instead."""
+    """Whether a template writes the date; every template gets the fixed date `RENDERED_DAY`."""
     return "strftime_now" in source
 
 

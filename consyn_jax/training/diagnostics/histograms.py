@@ -77,8 +77,8 @@ def _is_stacked(name: str) -> bool:
 def _counted(x: Float[Array, "..."], stacked: bool) -> tuple[jax.Array, ...]:
     """Compute statistics of the finite values, by layer.
 
-    They are the lowest and the highest value, the number of values below each inner edge, the
-    number of all values, their sum and their sum of squares.
+    They are the lowest and the highest value, the number of values below each edge between two
+    bins, the number of all values, their sum and their sum of squares.
     """
     rows = x.astype(jnp.float32).reshape(x.shape[0] if stacked else 1, -1)
     finite = jnp.isfinite(rows)

@@ -33,7 +33,7 @@ class Cost(NamedTuple):
         flops: FLOPs of its matmuls. A matmul in 8 bits counts as half, since GPUs run it at twice
             the rate. Attention counts as causal over the whole sequence, even if the sequence
             contains several documents.
-        bytes: What it must read and write: its operands and results, without unread slices.
+        bytes: Bytes of the operands and results; slices that are not read do not count.
     """
 
     flops: float
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 
 
 def operation_costs(program: str) -> dict[str, Cost]:
-    """Costs by name of the instruction, from the text of a compiled program.
+    """Compute the cost of each instruction, by name, from the text of a compiled program.
 
     Raises:
         ValueError: The text is not that of a compiled program.
@@ -73,7 +73,7 @@ class MatmulFlops:
         """FLOPs of one execution of an instruction; a loop counts as 0.
 
         Args:
-            arrays: Arrays by name of the instructions of the same computation.
+            arrays: Results of the instructions in the same computation, by instruction name.
         """
         if each.operation in ("fusion", "call"):
             called = (name for attribute, name in each.calls if attribute in ("calls", "to_apply"))

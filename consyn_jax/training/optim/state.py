@@ -16,7 +16,7 @@ from consyn_jax.training.step import Batch, Metrics, Step, TrainState
 
 
 class RateScale(NamedTuple):
-    """State of `scale_by_plateau`: the factor by which it multiplies the updates."""
+    """State of `scale_by_plateau`: the factor that multiplies the updates."""
 
     scale: Float[Array, ""]
 
@@ -87,8 +87,8 @@ def place_state(
 ) -> optax.OptState:
     """Add shardings to the shapes of an optimizer's state.
 
-    Moments get the sharding of their parameter in `shardings`. Counts, and Adafactor's factors (a
-    row and a column per matrix), get `otherwise`.
+    Moments get the sharding of their parameter in `shardings`. All other arrays, such as counts and
+    Adafactor's row and column factors, get the sharding `otherwise`.
     """
     places = of_parameters(opt_state, shapes, shardings, otherwise)
     return jax.tree.map(
@@ -130,8 +130,8 @@ def new_state(
     """Create the state of `rule` at step 0.
 
     Args:
-        one_by_one: Whether to create one array at a time, so that devices hold only one before it
-            moves to the host.
+        one_by_one: Whether to create one array at a time, and move it to the host before the next
+            array is created.
     """
     if not one_by_one:
         return jax.jit(rule.init, out_shardings=shardings)(params)

@@ -1,8 +1,7 @@
 """The reference of a DPO run: the log-probability of each answer under the initial model.
 
-It is computed once, before step 1, by the same computation as in the training step, and is written
-to the run directory. A resumed run reads it from there, because its model is no longer the initial
-one.
+It is computed once, before step 1, in the same way as in the training step, and is written to the
+run directory. A resumed run reads it from there, because its model is no longer the initial one.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
 def ready_to_evaluate(inputs: RunInputs, path: Path) -> None:
     """Load the reference of the validation pairs from the run directory, or compute it.
 
-    If the directory has no reference, it is computed with the model as it is, and not written.
+    If the directory has no reference, the current model computes it, and it is not written.
 
     Raises:
         UserError: The model cannot be read, or the directory has the reference of another model.
@@ -142,7 +141,8 @@ def _set(source: BatchSource, reference: Float32[np.ndarray, "n 2"] | None) -> N
 def _key(program: Program, run: RunConfig, derived: Mapping[str, Any]) -> str:
     """Hash everything that determines the reference log-probabilities.
 
-    Settings that change only the order of additions, and so only rounding errors, are left out.
+    Settings that only change the order of additions are left out, because they only change
+    rounding errors.
     """
     content = {name: derived.get(name) for name in ("data", "validation", "tokenizer", "weights")}
     content |= {
@@ -169,7 +169,7 @@ def _compute(
         {name: like[name] for name in BATCH_DTYPES},
         NamedSharding(program.mesh, PartitionSpec()),  # every process gets all results
     ).compile()
-    gather("compiled")  # otherwise collectives could time out while others compile
+    gather("compiled")  # otherwise collectives could time out while a process compiles
     batches = source.evaluation(batch_size, local_rows(program.mesh, batch_size))
     with prefetch(batches, transform=placer(program.mesh, EVAL_AXES)) as ready:
         for batch in ready:
@@ -218,8 +218,8 @@ def _read(file: Path, key: str, counts: Mapping[str, int]) -> Found:
         raise UserError(f"{file}, with {about}, cannot be read ({error}).") from error
     if record.get("key") != key:
         raise UserError(
-            f"{file} was computed with different data, different initial weights, or another "
-            "--max_tokens or --mixed_precision than those of this run."
+            f"{file} was computed with other data, other initial weights, or another --max_tokens "
+            "or --mixed_precision than this run has."
         )
     shapes = {name: (values.shape, values.dtype.name) for name, values in found.items()}
     wanted = {name: ((count, 2), "float32") for name, count in counts.items()}

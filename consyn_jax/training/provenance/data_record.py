@@ -1,4 +1,4 @@
-"""Record the training data of a run as JSON, and rebuild the order of its sequences from it.
+"""Record the training data of a run as JSON, and rebuild the order of sequences from the record.
 
 JAX is not imported.
 """

@@ -82,16 +82,17 @@ class RunDirectory:
     """A directory to which only the processes of one run may write, until it is closed.
 
     Attributes:
-        holds_run: Whether the directory has an earlier start of the same run, which is resumed.
+        holds_run: Whether an earlier start of this run wrote to the directory, so that the run is
+            resumed.
         record: Identity of the run and of this start.
-        lock: The lock, in the process that writes.
+        lock: The lock on the directory; None in processes that do not write.
         is_adopted: Whether the run had no identity, because an older version of this package
             started it.
-        config: Content of config.yaml, once config.yaml and run.json are written.
-        tokenizer: Content of tokenizer/, once it is written.
+        config: Content of config.yaml; empty until config.yaml and run.json are written.
+        tokenizer: Content of tokenizer/; None until it is written.
         lost: Error that says why this process may no longer write to the directory; None if it may.
-        place: File descriptor of the directory in the process that writes, to detect that another
-            directory has taken its path.
+        place: File descriptor of the directory, to detect that another directory has taken its
+            path; None in processes that do not write.
     """
 
     path: Path

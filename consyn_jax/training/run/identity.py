@@ -35,8 +35,8 @@ SCHEDULE_FLAGS = {
 }
 FROM_DATA = {"packing", "max_tokens"}
 # Further derived values: the config.json and generation_config.json of the model. They make it
-# possible to read a checkpoint even if the directory in --model or --checkpoint is gone. They are
-# not compared, because the flags are.
+# possible to read a checkpoint even if the directory in --model or --checkpoint is gone. They need
+# no comparison, because the flags are compared.
 ARCHITECTURE, GENERATION = "architecture", "generation_config"
 # Values that follow from flags and data, with their names in messages.
 DERIVED_NAMES = {
@@ -132,7 +132,7 @@ def _packing_differences(
 
 
 def recorded_schedule(old: dict[str, Any]) -> tuple[Callable[[Any], Any], int]:
-    """Return the learning-rate schedule and the number of steps of the config.yaml `old`."""
+    """Return the learning-rate schedule and the number of steps that the config.yaml `old` sets."""
     from consyn_jax.training.optim.schedules import build_schedule
 
     known = flags(RunConfig)

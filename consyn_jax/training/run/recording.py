@@ -26,7 +26,7 @@ from consyn_jax.training.logging.stopwatch import Stopwatch
 from consyn_jax.training.logging.tracking.callbacks import Callbacks
 from consyn_jax.training.step import TrainState
 
-COMPARED = 20  # lines between two comparisons of the processes
+COMPARED = 20  # lines of metrics between two comparisons of the processes
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Recorder:
         self.callbacks.evaluate(line)
 
     def _usage(self, line: dict[str, float]) -> Usage:
-        """Time by activity since this process's first line of metrics, and its device's memory."""
+        """Collect the time per activity since the first line of metrics, and the memory use."""
         self._first_line = first = self._first_line or line
         spent = {name: line[key(name)] - first[key(name)] for name in ACTIVITIES}
         limit = self._memory.get("bytes_limit")

@@ -44,14 +44,15 @@ SETTINGS: Mapping[str, float] = {
 
 
 def prepare_caches(run_directory: Path, continues: bool) -> list[tuple[str, str]]:
-    """Enable the cache for a run, with the kernels that its earlier starts chose.
+    """Enable the compilation cache for a run, with the kernel choices in the run directory.
 
     Args:
         continues: Whether a run in the directory would be resumed.
 
     Returns:
-        Rows for the header. A row gives the reason if compiled programs cannot be kept. On a GPU,
-        another row says whether a resumed run gives the same bits as an uninterrupted run.
+        Rows (name, text) for the header of the run. A row gives the reason if compiled programs
+        cannot be kept. On a GPU, another row says whether a resumed run gives the same bits as an
+        uninterrupted run.
 
     Raises:
         UserError: The run's kernels.json is damaged.
@@ -80,8 +81,8 @@ def _promise(kept: KernelChoices | None) -> str:
     if other := [f"{n} {kept.made_with.get(n)}" for n in here if here[n] != kept.made_with.get(n)]:
         return f"the choices in {KERNELS} were made with {', '.join(other)}, {differ}"
     if kept.conflicts(Path(directory) / CHOICES):
-        return f"this process's cache has other choices than {KERNELS}, {differ}"
-    return f"those of {KERNELS}, so the run gives the same bits as an uninterrupted run"
+        return f"the choices in this process's cache differ from {KERNELS}, {differ}"
+    return f"kept from {KERNELS}, so the run gives the same bits as an uninterrupted run"
 
 
 def enable_compilation_cache(kept: KernelChoices | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""Kernels that XLA chose by timing on a GPU, kept so that a resumed run uses the same ones.
+"""Keep the kernels that XLA chose by timing on a GPU, so that a resumed run uses them again.
 
 XLA times several kernels for each matmul and fusion of a program. JAX keeps each choice in a small
 file beside the compiled programs. Another kernel sums in another order, so a run that is resumed
@@ -26,7 +26,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory, read_whole, write_whole
 
 KERNELS = "kernels.json"
-# JAX's name of the choices' directory, inside that of its compiled programs.
+# JAX's name for the directory of choices, which is inside its directory of compiled programs.
 CHOICES = "xla_gpu_per_fusion_autotune_cache_dir"
 LARGEST, LARGEST_CHOICE, MOST_CHOICES = 1 << 28, 1 << 20, 50_000  # bytes, bytes, files
 # Paths are device/version/name, or just name with an older XLA. The names of unfinished files begin
@@ -55,7 +55,7 @@ class KernelChoices:
         return found.hexdigest()
 
     def conflicts(self, directory: Path) -> bool:
-        """Whether a directory has another choice for the same matmul or fusion."""
+        """Whether `directory` has a different choice for a matmul or fusion of this run."""
         found = _read_files(directory)
         return any(found.get(name, content) != content for name, content in self.files.items())
 
@@ -99,7 +99,7 @@ def _is_choice(name: str) -> bool:
 
 
 def keep_kernels(run_directory: Path) -> None:
-    """Write the choices in this machine's cache to kernels.json, if they differ from the file's.
+    """Write the kernel choices in this machine's cache to kernels.json, if they have changed.
 
     Raises:
         UserError: The file cannot be written, or is damaged.

@@ -100,7 +100,7 @@ def _tiles(results: LadderResults) -> str:
 
 
 def _losses(results: LadderResults) -> str:
-    """The chart of loss against compute: the runs, a curve per size, and the lowest loss."""
+    """Draw loss against compute: the runs, a fitted curve per size, and the lowest loss."""
     forecast, law = results.forecast, results.forecast.law
     markers = [
         Marker(

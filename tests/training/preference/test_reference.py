@@ -182,7 +182,7 @@ def test_another_model_is_not_evaluated_with_the_reference_of_a_run(
         quiet=True,
     )
     with pytest.raises(
-        UserError, match=r"computed with different data, different initial weights.*--output\."
+        UserError, match=r"computed with other data, other initial weights.*--output\."
     ):
         at_the_end.evaluate()
 

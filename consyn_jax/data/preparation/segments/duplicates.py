@@ -1,14 +1,16 @@
-"""Exact and near duplicates, found by partitions.
+"""Find exact and near duplicates in parallel.
 
-A document is an exact duplicate if an earlier one has its digest, so the documents of one range of
-digests are decided alone. A near duplicate resembles an earlier document that is kept, so the
-decision about a document depends on those before it. But only documents that share the key of a
-band are compared. So documents are grouped: two are in one group if a chain of shared keys joins
-them. A group is decided in the order of the corpus by `NearDuplicates`, as a whole corpus would be,
-and groups are decided in parallel. Documents that share no key are kept.
+A document is an exact duplicate if an earlier document has the same digest. Each task compares the
+documents in one range of digests.
 
-A bucket of m documents with the same key adds m - 1 pairs to the chains, not m squared. The groups
-of a corpus that was made from a template are large, and a group is decided by one task.
+A near duplicate resembles an earlier document that is kept, so the decision about a document
+depends on earlier decisions. Only documents that share a band key are compared. So documents are
+grouped: two documents are in the same group if a chain of shared keys connects them.
+`NearDuplicates` decides the documents of a group in corpus order, with the same result as for the
+whole corpus. Groups are decided in parallel. Documents that share no key are kept.
+
+If m documents share a key, m - 1 pairs connect them, not m squared. A corpus that was made from a
+template has large groups, and a single task decides each group.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _ENDS = (np.minimum, np.maximum)
 
 
 def write_exact(job: Job, partition: int) -> None:
-    """Phase "exact": the exact duplicates in a range of digests."""
+    """Phase "exact": find the exact duplicates in one range of digests."""
     ids, digests = of_partition(job, ("exact_ids", "exact_digests"), "exact_bounds", partition)
     order = np.argsort(ids)
     with job.writing("exact", partition) as draft:
@@ -38,7 +40,7 @@ def write_exact(job: Job, partition: int) -> None:
 
 
 def write_bands(job: Job, partition: int) -> None:
-    """Phase "bands": pairs of documents that join all documents with the same key."""
+    """Phase "bands": write pairs that connect all documents with the same band key."""
     ids, keys = of_partition(job, ("key_ids", "keys"), "key_bounds", partition)
     if job.drops_duplicates:
         compared = ~among(ids, job.array("dropped-exact", 0, "dropped"))
@@ -54,7 +56,7 @@ def write_bands(job: Job, partition: int) -> None:
 
 
 def write_groups(job: Job, number: int) -> None:
-    """Phase "groups": the documents that may be near duplicates, by the task that decides them."""
+    """Phase "groups": group the possible near duplicates, and assign each group to a task."""
     pairs = np.concatenate([job.array("bands", p, "pairs") for p in range(job.partitions)])
     ids, places = np.unique(pairs, return_inverse=True)
     labels = _joined(places.reshape(-1, 2), len(ids))
@@ -70,14 +72,15 @@ def write_groups(job: Job, number: int) -> None:
 def _joined(pairs: Int64[np.ndarray, "pairs 2"], count: int) -> Int64[np.ndarray, " count"]:
     """Label each of `count` documents with the first document of its group.
 
-    Labels of pairs are hooked onto the smaller one, and chains of labels are halved, until nothing
-    changes (Shiloach and Vishkin 1982, "An O(log n) parallel connectivity algorithm").
+    This finds connected components (Shiloach and Vishkin 1982, "An O(log n) parallel connectivity
+    algorithm"). Each pass links the larger label of every pair to the smaller one, and shortens
+    chains of labels by pointer jumping.
     """
     labels = np.arange(count)
     while len(pairs):
         low, high = (end(labels[pairs[:, 0]], labels[pairs[:, 1]]) for end in _ENDS)
         differ = low != high
-        # As one number each, since rows of an array are sorted many times as slowly.
+        # Each pair becomes one number, because sorting the rows of an array is many times slower.
         pairs = np.stack(np.divmod(np.unique(low[differ] * count + high[differ]), count), axis=1)
         np.minimum.at(labels, pairs[:, 1], pairs[:, 0])
         while not np.array_equal(labels, labels[labels]):
@@ -86,7 +89,7 @@ def _joined(pairs: Int64[np.ndarray, "pairs 2"], count: int) -> Int64[np.ndarray
 
 
 def write_near(job: Job, task: int) -> None:
-    """Phase "near": the near duplicates in some of the groups."""
+    """Phase "near": find the near duplicates in the groups of one task."""
     assert job.threshold is not None
     start, stop = job.array("groups", 0, "bounds")[task : task + 2]
     ids = np.asarray(job.array("groups", 0, "ids")[start:stop])
@@ -102,7 +105,7 @@ def write_near(job: Job, task: int) -> None:
 
 
 def _signatures(job: Job, ids: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, "n 128"]:
-    """The signatures of documents, which are in the order of the corpus."""
+    """Return the signatures of the documents with the sorted numbers `ids`."""
     found = []
     segments, rows = segment_of(ids), rows_of(ids)
     long_ids = job.array("long", 0, "end")
@@ -117,7 +120,7 @@ def _signatures(job: Job, ids: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, "
 
 
 def write_dropped(job: Job, phase: str) -> None:
-    """Phase "dropped-exact" or "dropped-near": join what the partitions of a phase found."""
+    """Phase "dropped-exact" or "dropped-near": merge the duplicates from all tasks of a phase."""
     parts = [job.array(phase, number, "dropped") for number in range(job.partitions)]
     with job.writing(f"dropped-{phase}", 0) as draft:
         draft.save(dropped=np.sort(np.concatenate(parts)))

@@ -1,4 +1,4 @@
-"""Phase "kept": which documents of a segment are kept, and the report of the segment."""
+"""Phase "kept": decide which documents of a segment are kept, and write the segment's report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from consyn_jax.data.preparation.segments.job import (
 )
 from consyn_jax.data.preparation.segments.long_documents import NO_RULE
 
-DROPPED = 255  # in place of the number of a split
+DROPPED = 255  # for a dropped row, in place of the number of a split
 _BY_PHASE = {"dropped-exact": "duplicate", "dropped-near": "near duplicate"}
 
 
@@ -41,7 +41,7 @@ class _Decisions:
 
     def __init__(self, job: Job, segment: int) -> None:
         self._job, self._segment = job, segment
-        self._rule: dict[int, str] = {}  # by row; of a long document, by its last row
+        self._rule: dict[int, str] = {}  # by row; a long document is listed by its last row
         for phase, rule in _BY_PHASE.items():
             if job.place(phase, 0).exists():
                 rows = of_segment(job.array(phase, 0, "dropped"), segment)
@@ -56,7 +56,11 @@ class _Decisions:
         return self._job.array("segments", self._segment, name)
 
     def _decide_long(self) -> Int64[np.ndarray, " long"]:
-        """Decide the long documents; return the numbers of those that end in this segment."""
+        """Set the split of all rows of long documents.
+
+        Returns:
+            Indices of the long documents whose last row is in this segment.
+        """
         begin, end, splits, rules = (
             self._job.array("long", 0, name) for name in ("begin", "end", "splits", "rules")
         )
@@ -81,7 +85,11 @@ class _Decisions:
     # ------------------------------------------------------------------------------- counts
 
     def result(self) -> dict[str, Any]:
-        """Tokens by split, the report, and (read, kept) documents by source."""
+        """Return the counts of the segment as values of JSON.
+
+        "tokens" has the number of tokens in each split. "sources" has the index of each source, and
+        the numbers of its documents that were read and kept.
+        """
         saved = self._job.result("segments", self._segment)
         report = Report(**saved["report"])
         self._report_dropped(report, saved["drops"])
@@ -112,7 +120,8 @@ class _Decisions:
         """Count the dropped rows, and show the first few of each rule in the order of the corpus.
 
         Args:
-            drops: what workers dropped: number of rows before it, rule, place and text.
+            drops: documents that workers dropped, each as [rows before the document, rule, place,
+                text].
         """
         for rule in self._rule.values():
             report.dropped[rule] = report.dropped.get(rule, 0) + 1
@@ -127,7 +136,7 @@ class _Decisions:
             report.show(rule, place, text)
 
     def _example(self, row: int) -> tuple[str, str]:
-        """The place and the beginning of a document, whose last row is given."""
+        """Return the place and the beginning of the document whose last row is `row`."""
         job, at = self._job, document_ids(self._segment, np.array([row]))
         if not self._whole[row]:
             long = int(np.searchsorted(job.array("long", 0, "end"), at[0]))

@@ -1,7 +1,7 @@
-"""Tasks of many writers as tasks of Ray.
+"""Run the tasks of a preparation with many writers as Ray tasks.
 
-Ray only decides where a task runs: a task gets its phase and number, and all else is in files that
-all nodes see. If a worker or a node is lost, Ray runs its tasks again.
+Ray only decides where a task runs. A task gets its phase and its number, and reads everything else
+from files that all nodes see. If a worker or a node is lost, Ray runs its tasks again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from consyn_jax.data.preparation.workers.ray_cluster import (
 from consyn_jax.data.preparation.workers.ray_worker import versions
 from consyn_jax.errors import UserError
 
-RETRIES = 5  # of a task, each after its worker or its node was lost
+RETRIES = 5  # how often Ray repeats a task whose worker or node was lost
 
 
 class RayTasks(Tasks):
@@ -32,8 +32,8 @@ class RayTasks(Tasks):
 
     Args:
         count: number of tasks that run at a time; None for one on each processor of the cluster.
-        address: value of `--ray_address`; None for the cluster of RAY_ADDRESS, or else a Ray that
-            is started on this machine.
+        address: value of `--ray_address`. If it is None, Ray connects to the cluster in RAY_ADDRESS
+            or, if that is not set, starts on this machine.
 
     Raises:
         UserError: Ray is not installed or cannot be reached.
@@ -57,21 +57,24 @@ class RayTasks(Tasks):
         self._results(calls, done)
 
     def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
-        """Hash the files on all nodes."""
+        """Hash the files, each on one of the nodes."""
         return self._results([("work_on_file", str(path.resolve())) for path in paths], done)
 
     def _results(self, calls: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
-        """Call functions of `phases` with arguments; return their results.
+        """Run one Ray task for each call, and return the results in the order of the calls.
 
-        After a fault, only earlier calls are waited for, so that the message is about the first
-        fault of the corpus.
+        If a task fails, no further task is started. Earlier calls are still awaited, so that the
+        error is about the earliest fault in the corpus.
+
+        Args:
+            calls: for each task, the name of a function of `phases`, and its arguments.
         """
         running: dict[Future[Any], int] = {}
         results: dict[int, Any] = {}
         faults: dict[int, UserError] = {}
         waiting = list(reversed(range(len(calls))))
         while waiting or running:
-            # A few tasks wait in the queues of nodes, so that no processor does.
+            # A few tasks wait in the queues of nodes, so that no processor is idle.
             most = self._processors.count() * 5 // 4 + 1
             while waiting and len(running) < most:
                 number = waiting.pop()

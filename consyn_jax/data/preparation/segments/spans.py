@@ -1,9 +1,9 @@
 """Cut a corpus into segments, and read the blocks of a segment.
 
 A segment is a range of the corpus of about `segment_bytes`: several small sources, or a part of a
-large one. To find the parts, a large source is read once, without tokenising; this also counts the
-documents before each part, so that numbers of rows and places in messages are those of the whole.
-A source that cannot be read from its middle, such as a compressed file, is one segment.
+large source. To find the parts, a large source is read once, without tokenising. This pass also
+counts the documents before each part, so that messages number the rows of the whole source, not of
+the part. A source that cannot be read from the middle, such as a compressed file, is one segment.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from consyn_jax.data.preparation.segments.job import Job, Start, check_seen
 from consyn_jax.data.sources.reader import START, Block, Position, Reading
 from consyn_jax.errors import UserError
 
-# A source below this many segments is not cut.
+# A source smaller than this many segments is not cut.
 FEW = 1.5
 
 
 def large_sources(job: Job) -> list[int]:
-    """Numbers of the sources that are read for places to cut."""
+    """Return the indices of the sources that are large enough for several segments."""
     return [
         number
         for number, source in enumerate(job.sources)
@@ -31,8 +31,8 @@ def large_sources(job: Job) -> list[int]:
 def write_cuts(job: Job, number: int) -> None:
     """Phase "cuts": find the positions at which segments of a source begin, except the first.
 
-    The reader starts anew at each of them, as the task of the segment will, since the places where
-    blocks end depend on where reading began.
+    The ends of blocks depend on the position where reading began. So the reader restarts at each
+    position that it finds, as the task that reads the segment will.
     """
     source, settings = job.sources[number], job.settings
     reading = Reading(settings.options, settings.tokenizer, settings.single, settings.test_fraction)
@@ -54,10 +54,10 @@ def write_cuts(job: Job, number: int) -> None:
 
 
 def plan(job: Job, cuts: dict[int, list[Position]]) -> list[Start]:
-    """Choose the beginnings of all segments.
+    """Choose where each segment begins.
 
     Args:
-        cuts: the positions that `write_cuts` found, by number of the source.
+        cuts: the positions that `write_cuts` found, by index of the source.
     """
     starts: list[Start] = [(0, START)]
     size = 0
@@ -73,7 +73,7 @@ def plan(job: Job, cuts: dict[int, list[Position]]) -> list[Start]:
 
 
 def segment_blocks(job: Job, segment: int) -> Iterator[tuple[int, Block]]:
-    """The blocks of a segment, each with the number of its source.
+    """Yield the blocks of a segment, each with the index of its source.
 
     Raises:
         UserError: a source cannot be read, or has changed.

@@ -1,4 +1,4 @@
-"""Connect to a Ray cluster, or start a local Ray instance; its errors as sentences."""
+"""Connect to a Ray cluster or start a local Ray instance, and explain Ray's errors to the user."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
 LONGEST_S = 20.0  # longest wait for an answer of the head node
 ALARM_S = 3.0  # from a SIGTERM to the alarm with which Ray aborts the process
 LOOK_SECONDS = 10.0  # time between two counts of the cluster's processors
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that end a command
-_REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)  # of `ray.init`, beside Ray's own
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # they end a command
+# Errors that `ray.init` raises, besides Ray's own.
+_REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)
 _START = (
     "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
     "cluster), or leave --ray_address out to start a local Ray instance."
@@ -34,9 +35,8 @@ def connect(address: str | None, processors: int | None) -> Any:
     """The module `ray`, connected to a cluster.
 
     Args:
-        address: HOST:PORT of the head node, or "auto". None means the cluster of RAY_ADDRESS; if
-            this is not set, a local Ray instance is started, without dashboard and usage
-            statistics.
+        address: HOST:PORT of the head node, or "auto". None means the cluster in RAY_ADDRESS or, if
+            that is not set, a local Ray instance, started without dashboard and usage statistics.
         processors: number of concurrent tasks in a local Ray instance; None for one per core.
 
     Raises:
@@ -168,14 +168,18 @@ def _refusal(place: str, error: Exception) -> UserError:
 
 
 class Processors:
-    """The number of tasks that can run at a time: `count`, or else one on each processor."""
+    """Counts the tasks that can run at a time.
+
+    Args:
+        count: the number of tasks; None for one on each processor of the cluster.
+    """
 
     def __init__(self, ray: Any, count: int | None) -> None:
         self._ray, self._count = ray, count
         self._looked_s, self._found = -LOOK_SECONDS, 0
 
     def count(self) -> int:
-        """The number by now, since nodes may join or leave."""
+        """Return the current number; it changes when nodes join or leave."""
         if self._count is not None:
             return self._count
         if time.monotonic() - self._looked_s > LOOK_SECONDS:
@@ -195,7 +199,7 @@ def strangers() -> list[str]:
 
 
 def other_versions(node: str, differences: dict[str, str]) -> UserError:
-    """The error that a node has other versions of packages."""
+    """Make the error for a node on which versions of packages differ."""
     found = listed([f"{name} {value}" for name, value in differences.items()])
     return UserError(f"Node {node} of the Ray cluster has {found}. {_INSTALL}")
 
@@ -206,7 +210,7 @@ def errors_as_sentences(ray: Any, retries: int, work: str = "block") -> Iterator
 
     Args:
         retries: how often Ray repeats a task.
-        work: the word for what a task does.
+        work: name of the unit of work in messages, such as "block".
     """
     errors = ray.exceptions
     try:
@@ -235,10 +239,10 @@ def errors_as_sentences(ray: Any, retries: int, work: str = "block") -> Iterator
 def _holding_signals() -> Iterator[None]:
     """Note signals while Ray starts or ends, and send the first one again afterwards.
 
-    An exception in the middle of `ray.init` leaves Ray half started, and the process crashes when
-    it ends. Ray also changes what SIGTERM does: `ray.init` replaces the handler by `sys.exit`,
-    and installs another one in C++, which sets an alarm that aborts the process three seconds after
-    the signal; `ray.shutdown` leaves no handler.
+    An exception in the middle of `ray.init` would leave Ray half started, and crash the process at
+    its exit. Ray also changes what SIGTERM does. `ray.init` replaces the Python handler by
+    `sys.exit`, and `ray.shutdown` leaves no handler. A C++ handler of Ray sets an alarm, which
+    aborts the process three seconds after the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -246,7 +250,7 @@ def _holding_signals() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     handlers = {number: ours for number, ours in handlers.items() if callable(ours)}
     install, came = signal.signal, list[int]()
-    with ExitStack() as stack:  # undoes each part, also if a signal raises in the middle
+    with ExitStack() as stack:  # undoes each step, even if a signal raises an exception halfway
         stack.callback(lambda: signal.raise_signal(came[0]) if came else None)
         stack.enter_context(_without_alarms())
         for number, ours in handlers.items():
@@ -258,13 +262,13 @@ def _holding_signals() -> Iterator[None]:
 
 
 def _except_for(numbers: Container[int], install: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a `signal.signal` that does nothing for some signals."""
+    """Make a `signal.signal` that does nothing for the signals `numbers`."""
     return lambda number, handler: None if number in numbers else install(number, handler)
 
 
 @contextmanager
 def _without_alarms() -> Iterator[None]:
-    """Cancel alarms again and again; afterwards, set the caller's own timer again."""
+    """Cancel alarms repeatedly inside a `with` block, then restart the caller's timer."""
     since, (left_s, every_s) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)
     is_over = threading.Event()
     canceller = threading.Thread(target=_cancel_alarms, args=(is_over,), daemon=True)

@@ -57,7 +57,7 @@ class RayPool(Workers):
         self._ray = connect(address, count)
         try:
             with errors_as_sentences(self._ray, RETRIES):
-                # As an array, each worker reads it in place; bytes would be copied for each task.
+                # Each worker reads an array in place; bytes would be copied for each task.
                 self._shared = self._ray.put(np.frombuffer(shared, np.uint8))
             task = _task(strangers())
             self._task = self._ray.remote(num_cpus=1, max_retries=RETRIES)(task)
@@ -80,7 +80,7 @@ class RayPool(Workers):
     def _submit(self, block: Block) -> _Task:
         head = json.dumps(block_head(block))
         with errors_as_sentences(self._ray, RETRIES):
-            # The future fetches the result as soon as there is one, while others are written.
+            # The future fetches the result as soon as it exists, while other results are written.
             future = self._task.remote(self._key, self._shared, head, block.data).future()
         return _Task(future, lambda answer: self._result(block, answer))
 

@@ -23,8 +23,10 @@ from consyn_jax.data.preparation.workers.messages import (
 from consyn_jax.data.preparation.workers.worker import Worker
 
 Answer = tuple[Head, list[np.ndarray]]
-"""The result of a block, from `result_head`. If versions differ from those of the main process, it
-has the keys "node" (this host) and "differ" (these versions) instead.
+"""The result of a block, as `result_head` returns it.
+
+If versions differ between this node and the main process, the head has other keys: "node", the name
+of this host, and "differ", the result of `differences`.
 """
 
 _workers: dict[str, Worker] = {}
@@ -49,7 +51,14 @@ def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
 
 
 def differences(expected: dict[str, str]) -> dict[str, str]:
-    """Packages whose versions are not those of the main process, each with both versions."""
+    """Compare package versions with those of the main process.
+
+    Args:
+        expected: version of each package in the main process.
+
+    Returns:
+        Name of each package that differs -> both versions as text.
+    """
     return {
         name: f"{value} ({expected[name]} is here)"
         for name, value in versions().items()

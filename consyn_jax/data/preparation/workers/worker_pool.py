@@ -77,7 +77,7 @@ class WorkerPool(Workers):
                 yield tag, block, self._here.work(block)
             return
         most = 2 * len(self._processes) + 1
-        # A block has about a megabyte; the longest row of 64 MiB is in one, too.
+        # A block has about a megabyte, and at most 64 MiB, if it is one long row.
         yield from in_order(blocks, self._submit, lambda: most, sys.maxsize)
 
     def _submit(self, block: Block) -> Future[Result]:

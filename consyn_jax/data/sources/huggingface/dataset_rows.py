@@ -101,9 +101,10 @@ def other_splits(path: Path) -> tuple[str, ...]:
 
 
 def size(name: str) -> int:
-    """Return the size of a dataset's files in bytes; for a Hub dataset, of its files in the cache.
+    """Return the size of a dataset's files in bytes.
 
-    The size of a Hub dataset is 0 before it is downloaded, and while it is streamed.
+    For a Hub dataset, only files in the cache count. Its size is 0 before it is downloaded, and
+    while it is streamed.
     """
     found = files(Path(name)) if _local(name) else files_in_cache(hub_name(name))
     return sum(file.stat().st_size for file in found if file.is_file())
@@ -119,8 +120,8 @@ def rows(
     Args:
         name: a local path, `PATH:SPLIT`, or the name of a dataset of the Hub.
         columns: the needed keys. A column is read if its name is a key, or the part of a key before
-            the first dot. If there is no such column, the rows have all columns, with the value
-            None.
+            the first dot. If a file has none of these columns, each row has all columns of the
+            file, with the value None.
         streaming: whether to read a Hub dataset without storing it on the disk. This has no effect
             on local files. If the Hub cannot be reached, the cached copy is read.
 

@@ -51,7 +51,7 @@ def string(value: Any, where: str, wanted: str) -> str:
     """Check that `value` is text that UTF-8 can encode, and return it.
 
     Raises:
-        BadRow: the value is not such text.
+        BadRow: the value is not text, or UTF-8 cannot encode it.
     """
     if not isinstance(value, str):
         raise BadRow(f"holds {json_type(value)} {where}, not {wanted}.")

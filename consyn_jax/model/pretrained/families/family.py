@@ -59,7 +59,7 @@ class Family:
         return fields
 
     def holds(self, config: ModelConfig) -> bool:
-        """Whether this layout can describe `config`: writing and reading it keep all fields."""
+        """Whether `config` stays the same if it is written in this layout and read again."""
         sizes = {
             "num_hidden_layers": config.num_layers,
             "max_position_embeddings": config.context,

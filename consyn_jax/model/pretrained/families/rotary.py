@@ -18,10 +18,10 @@ ORIGINAL = "original_max_position_embeddings"
 
 
 def parameters(hf: HfConfig) -> Mapping[str, Any]:
-    """Read the object with the rotary parameters: rope_scaling, or else rope_parameters.
+    """Read the rotary parameters: the object rope_scaling or, if it is absent, rope_parameters.
 
     Raises:
-        Unsupported: The value is not an object, or differs between kinds of layers.
+        Unsupported: The value is not an object, or has parameters for each kind of layer.
     """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, dict):
