@@ -34,7 +34,10 @@ def step_of(name: str) -> int | None:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending; a checkpoint being written has another name."""
+    """Steps of the complete checkpoints, ascending.
+
+    An incomplete checkpoint is not in a directory named by a step.
+    """
     if not directory.exists():
         return []
     return sorted(

@@ -240,7 +240,7 @@ def kept_steps(steps: list[int], last: int, every: int | None) -> list[int]:
 
 
 def rotate(directory: Path, old: list[int], damaged: Collection[int]) -> None:
-    """Remove old checkpoints, once the rename of the new one has reached the disk."""
+    """Flush the rename of the new checkpoint to the disk, and then remove old checkpoints."""
     flush(directory)
     remove_unfinished(directory)  # Orbax may have written after the removal of a failed attempt
     remove(directory, old, damaged)

@@ -41,9 +41,9 @@ def read_record(place: Path) -> dict[str, Any]:
 def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
     """Read the arrays of a checkpoint.
 
-    The scales of fp8 are the only part that may be on one side only. A checkpoint from before fp8
-    had scales, or of another precision, gets those of a new run, which a step replaces. Scales that
-    `like` does not have are left out.
+    The fp8 scales may be missing in the checkpoint or in `like`, because only fp8 runs have them.
+    If the checkpoint has no scales, the scales of a new run are used; the next step replaces them.
+    If `like` has no scales, the checkpoint's scales are left out.
 
     Args:
         handler: Orbax's checkpoint handler.
@@ -61,7 +61,7 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
     stored = like._replace(scales=_stored_scales(saved.get("scales") or (), like))
     check_model(place, array_types(saved), array_types(stored))
     restore_args = ocp.checkpoint_utils.construct_restore_args(stored)
-    # Partial, because checkpoints from before fp8 had scales do not even name the field.
+    # Partial, because old checkpoints do not even have the field `scales`.
     arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore=not stored.scales)
     found: TrainState = handler.restore(state, args=arguments)
     if len(stored.scales) == len(like.scales):
@@ -70,7 +70,7 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
 
 
 def _stored_scales(saved: Any, like: TrainState) -> tuple[Any, ...]:
-    """Describe the scales in a checkpoint, as `like` does if it has scales."""
+    """Return shapes, dtypes and shardings of the fp8 scales in a checkpoint."""
     if saved and like.scales:
         return like.scales
     return tuple(
@@ -105,7 +105,7 @@ def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:
 
 
 def array_types(state: Any) -> dict[str, str]:
-    """Path of each array -> dtype and shape."""
+    """Dtype and shape of each array, by its path in the state."""
     import orbax.checkpoint as ocp
 
     tree = ocp.tree.serialize_tree(state, keep_empty_nodes=True)
