@@ -83,7 +83,7 @@ class PackedSequences(ABC):
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
         """Read the sequences with the given `indices`, each in range(len).
 
-        Segment ids number the documents, or pieces of documents, of a sequence from 1.
+        In each sequence, the segment ids number the documents, or pieces of documents, from 1.
         """
 
     @abstractmethod

@@ -232,7 +232,7 @@ class ConsynTrainer:
         return weights_of(self.model)
 
     def parameters(self, mesh: Mesh) -> Params:
-        """Make the trainable parameters on `mesh`: those of the model, or of a new adapter."""
+        """Make the parameters to train on `mesh`: the model's parameters, or a new adapter's."""
         lora = self.run.lora
         if lora.is_used:
             return initial_adapter(self.model.config, lora, self.run.budget.seed, mesh)

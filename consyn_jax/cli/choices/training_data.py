@@ -149,7 +149,7 @@ def _prepared(
 
 
 def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
-    """Check that token stores hold pairs of answers if --objective is dpo, and none otherwise."""
+    """Check that token stores hold pairs of answers if, and only if, --objective is dpo."""
     for prepared in stores:
         if prepared.store.holds_pairs == config.trains_on_pairs:
             continue

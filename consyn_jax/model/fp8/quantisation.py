@@ -44,9 +44,9 @@ class Quantised(NamedTuple):
 def scale_of(x: Float[Array, "..."], dtype: Any) -> Scale:
     """The smallest power of two s for which `x / s` fits the range of `dtype`.
 
-    Division by a power of two does not round, so quantising an array twice, or from another dtype,
-    gives the same values. The scale is NaN if `x` is not finite, because some devices would
-    round infinity to the largest finite number.
+    Division by a power of two does not round, so quantising a quantised array again changes no
+    value. The scale is NaN if `x` is not finite, because some devices would round infinity to the
+    largest finite number.
     """
     largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     exponent = _exponent(largest, float(jnp.finfo(dtype).max))

@@ -87,14 +87,14 @@ class Adapter:
 
     Attributes:
         base: The model to which the adapter belongs.
-        changes: Name of a tensor of the base -> adapter of the tensor.
+        changes: The adapter of each adapted tensor, by the tensor's name in the base.
     """
 
     base: Base
     changes: dict[str, Change]
 
     def added_to(self, read: Read) -> Read:
-        """Wrap the function that reads tensors of the base, so that it adds the adapter to them."""
+        """Return a function that reads tensors of the base like `read`, and adds the adapter."""
 
         def merged(name: str, *index: slice) -> np.ndarray:
             values, change = read(name, *index), self.changes.get(name)
@@ -314,7 +314,7 @@ def _adapter_config(options: LoraOptions, base: Base, ranks: dict[str, int]) -> 
     """The content of adapter_config.json, with the same keys as PEFT writes.
 
     Args:
-        ranks: Name of each adapted module -> rank of the adapter.
+        ranks: Rank of each adapted module's adapter, by the module's name.
     """
     name, _, revision = (base.name or "").partition("@")
     is_hub = not Path(name).is_absolute()

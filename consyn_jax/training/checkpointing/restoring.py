@@ -47,8 +47,8 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
 
     Args:
         handler: Orbax's checkpoint handler.
-        like: Shapes, dtypes and shardings of the state to return; the mesh may differ from that of
-            the saved state.
+        like: Shapes, dtypes and shardings of the state to return; the mesh may differ from the mesh
+            of the saved state.
 
     Raises:
         UserError: The arrays belong to another model.

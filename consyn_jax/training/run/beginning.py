@@ -83,8 +83,8 @@ def is_complete(
         return False
     if not data_is_known:
         raise UserError(
-            f"The run in {path} is complete, and its data cannot be compared with this data, "
-            "which is an iterator or random. Pass another output_dir, or overwrite=True."
+            f"The run in {path} is complete. An iterator or random data cannot be compared with "
+            "the data of that run. Pass another output_dir, or overwrite=True."
         )
     return True
 
@@ -201,11 +201,12 @@ def open_callbacks(
     warn: Callable[[str], None],
     checkpoints: Checkpoints,
 ) -> Callbacks:
-    """Start trackers, or continue those in the checkpoint, and start the user's callbacks.
+    """Start or continue the trackers, and start the user's callbacks.
 
     Args:
         run: View of the run, which the callbacks receive.
         own: Functions that make the user's callbacks.
+        progress: Progress of the run; it has the identity of a tracker to continue.
     """
     resumed = run.resumed_from
     if resumed is None and (run.directory / "logs").exists():

@@ -105,7 +105,7 @@ def one_writer_reason(spec: Spec) -> str:
 
 
 def root_of(spec: Spec, destination: Destination) -> Path:
-    """The directory of the segments; each pair of spec and destination has its own."""
+    """The directory of the segments, a different one for each pair of spec and destination."""
     assert spec.engine.shared_directory is not None
     output = hashlib.sha256(str(destination.directory.resolve()).encode()).hexdigest()[:8]
     return Path(spec.engine.shared_directory).resolve() / f"consyn-{destination.key}-{output}"

@@ -31,7 +31,7 @@ class BoundedCurve:
     """A curve stored as the lowest and the highest point of each bucket of consecutive points.
 
     All buckets have the same number of points. When there are too many buckets, neighbours are
-    merged in pairs, so spikes stay visible.
+    merged in pairs. Spikes stay visible, because they are the highest points of their buckets.
 
     Attributes:
         size: number of points in a bucket; 1 as long as every point is stored.
