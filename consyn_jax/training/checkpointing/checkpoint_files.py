@@ -58,7 +58,7 @@ def misnamed(directory: Path) -> Path | None:
 def file_names(directory: Path) -> list[str]:
     """Names of the files of a checkpoint, except its checksums.
 
-    Hidden files are left out, as file managers and network file systems create them.
+    Hidden files are left out, because file managers and network file systems create them.
     """
     names = (
         path.relative_to(directory).as_posix()

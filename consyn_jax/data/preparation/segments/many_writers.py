@@ -84,7 +84,7 @@ class TasksHere(Tasks):
         return [_taken(work_on_file(str(path.resolve()))) for path in paths]
 
     def close(self) -> None:
-        """Do nothing, as there are no processes."""
+        """Do nothing, because there are no processes."""
 
 
 def _taken(answer: Answer) -> Any:

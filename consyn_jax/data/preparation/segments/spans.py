@@ -20,7 +20,7 @@ FEW = 1.5
 
 
 def large_sources(job: Job) -> list[int]:
-    """Numbers of the sources that are read for places to cut."""
+    """Numbers of the sources that are large enough to be cut into segments."""
     return [
         number
         for number, source in enumerate(job.sources)
@@ -31,8 +31,8 @@ def large_sources(job: Job) -> list[int]:
 def write_cuts(job: Job, number: int) -> None:
     """Phase "cuts": find the positions at which segments of a source begin, except the first.
 
-    The reader starts anew at each of them, as the task of the segment will, since the places where
-    blocks end depend on where reading began.
+    Where blocks end depends on where reading began. So the reader starts again at each position, as
+    it does when the segment is tokenised.
     """
     source, settings = job.sources[number], job.settings
     reading = Reading(settings.options, settings.tokenizer, settings.single, settings.test_fraction)
