@@ -281,14 +281,14 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Training of a low-rank adapter (LoRA) over frozen weights, instead of all weights."""
+    """Options for training a low-rank adapter (LoRA) while the weights are frozen."""
 
     lora_rank: int | None = flag(
-        None, "train an adapter of this rank over the frozen weights (train all weights)", math=True
+        None, "rank of an adapter to train while the weights are frozen (no adapter)", math=True
     )
     lora_alpha: float | None = flag(
         None,
-        "scale of the adapter: its output is multiplied by lora_alpha / lora_rank (twice the rank)",
+        "the adapter's output is multiplied by this number / lora_rank (2 x lora_rank)",
         math=True,
     )
     lora_targets: tuple[str, ...] = flag(

@@ -74,7 +74,7 @@ def _vocabulary(config: RunConfig) -> int:
 def describe(trainer: ConsynTrainer) -> None:
     """Print a description of the run, and its plan on this machine.
 
-    For a device that is not in the table of GPUs, the plan is only the memory of a step.
+    For a device that is not in the table of GPUs, only the memory of a step is printed.
     """
     from consyn_jax.planning.plan import plan_here
     from consyn_jax.planning.plan_page import memory_here, page

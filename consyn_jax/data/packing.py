@@ -6,8 +6,8 @@ predicts its EOS. EOS is never an input.
 
 Some tokenizers have no BOS (Qwen), and some documents already contain BOS (a chat rendered with a
 model's template). In both cases, the first token of the document is not predicted: it is only the
-input for the second. The position before it has no label, is masked like padding, and is a segment
-of its own.
+input for the second token. The position whose label would be the first token is masked like
+padding, and is a segment of its own.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class PackedSequences(ABC):
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
         """Read the sequences with the given `indices`, each in range(len).
 
-        Segment ids number the documents, or pieces of documents, of a sequence from 1.
+        In each sequence, the segment ids number the documents, or pieces of documents, from 1.
         """
 
     @abstractmethod
@@ -97,10 +97,9 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """Mark labels that the model cannot predict from BOS at the beginning of a document.
+        """Mark the labels that are never predicted at the beginning of a document.
 
-        If the tokenizer has no BOS, these are all labels. Otherwise, they are the labels that are
-        BOS themselves.
+        If the tokenizer has BOS, only BOS itself is never predicted there; otherwise, no label is.
         """
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
@@ -133,7 +132,7 @@ class PackedDataset(PackedSequences):
         opens = begins.copy()
         opens[:, 1:] |= empty[:, :-1]
         segments = np.cumsum(opens, axis=1, dtype=np.int32)
-        # Start segments at 1 also in a window that begins inside a document.
+        # Segments start at 1, even in a window that begins inside a document.
         segments += 1 - begins[:, :1]
         mask = ~empty if targets is None else (targets == 1) & ~empty
         for row in np.flatnonzero(first + self.block_size > self.num_tokens):
@@ -150,7 +149,7 @@ class PackedDataset(PackedSequences):
 
 
 class _Places(NamedTuple):
-    """Places of pieces in a batch: piece i fills the columns left[i] .. right[i] of row row[i]."""
+    """Places of pieces in a batch: piece i fills columns left[i] to right[i] - 1 of row row[i]."""
 
     row: np.ndarray
     left: np.ndarray
@@ -163,11 +162,12 @@ class WholeDocuments(PackedSequences):
     Each group of `GROUP_DOCUMENTS` consecutive documents is packed by best-fit-decreasing (Ding et
     al. 2024, "Fewer Truncations Improve Language Modeling"). Free positions are padded. A document
     longer than `block_size` is cut into full sequences and a remainder. The remainder is packed
-    like a document, as a segment of its own; its first input is the token before it.
+    like a document, as a segment of its own. The first input of the remainder is the last token of
+    the last full sequence.
 
-    The packing depends only on the lengths of the documents. The constructor computes it, without
-    reading tokens; only raw token files, which have no index, are searched for document starts. The
-    packing takes 13 bytes per document or piece, and 8 bytes per sequence.
+    The packing depends only on the lengths of the documents. The constructor computes it without
+    reading tokens, except for raw token files: they have no index, so they are searched for
+    document starts. The packing takes 13 bytes per document or piece, and 8 bytes per sequence.
     """
 
     def __init__(
@@ -181,9 +181,9 @@ class WholeDocuments(PackedSequences):
         """Assign the documents to sequences.
 
         Args:
-            on_long: what to do with a document longer than `block_size`: "continue" goes on in
-                further sequences; "truncate" cuts off its end; "drop" leaves it out; "error" raises
-                an error.
+            on_long: what to do with a document longer than `block_size`. With "continue", further
+                sequences contain the rest. With "truncate", the rest is cut off. With "drop", the
+                document is left out. With "error", UserError is raised.
 
         Raises:
             UserError: a document is too long, and `on_long` is "error".
@@ -207,9 +207,9 @@ class WholeDocuments(PackedSequences):
         size, long = self.block_size, np.flatnonzero(lengths > self.block_size)
         if len(long) and self.on_long == "error":
             raise UserError(
-                f"A row has {int(lengths[long[0]]):,} tokens, more than the {size:,} of a sequence "
-                "(--on_long_rows error). Raise --max_tokens, or give --on_long_rows truncate or "
-                "drop."
+                f"A row has {int(lengths[long[0]]):,} tokens, more than the {size:,} tokens of a "
+                "sequence, and --on_long_rows is error. Raise --max_tokens, or give --on_long_rows "
+                "truncate or drop."
             )
         self.num_long += len(long)
         if self.on_long == CONTINUE:
@@ -278,7 +278,11 @@ class WholeDocuments(PackedSequences):
     def _read_targets(
         self, spans: Sequence[tuple[int, ...]], shape: tuple[int, int]
     ) -> UInt8[np.ndarray, "n T"] | None:
-        """Read the targets of pieces (row, left, right, start); None if all tokens are targets."""
+        """Read the target values of a batch; None if all tokens are targets.
+
+        Args:
+            spans: (row, left, right, stream position) of each piece; see `_Places`.
+        """
         if self.split.num_targets == self.split.num_tokens:
             return None
         targets = np.zeros(shape, np.uint8)
@@ -299,7 +303,7 @@ class WholeDocuments(PackedSequences):
 
 
 def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """Number the members of groups of sizes `counts`; return each member's group and rank in it.
+    """For groups of sizes `counts`, return the group and the rank of each member.
 
     >>> _numbered(np.array([2, 0, 3]))
     (array([0, 0, 2, 2, 2]), array([0, 1, 0, 1, 2]))
@@ -311,10 +315,10 @@ def _numbered(counts: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
 def document_groups(
     split: StoreSplit,
 ) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
-    """Iterate over the documents of a split: (starts, lengths) of `GROUP_DOCUMENTS` at a time.
+    """Yield (starts, lengths) of the documents of a split, `GROUP_DOCUMENTS` documents at a time.
 
-    In raw token files, a document may continue in the next file. So its length is known only when
-    the next document starts.
+    In raw token files, a document may continue in the next file. So the length of a document is
+    known only when the next document starts.
     """
     waiting = np.empty(0, np.int64)
     for starts in split.document_starts():
@@ -337,8 +341,8 @@ def _plan(
     """Pack documents into sequences of `size` tokens.
 
     Returns:
-        For each piece, in the order of the sequences: its stream position, its length, and whether
-        it begins a document. For each sequence: its number of pieces.
+        Four arrays. For each piece, in the order of the sequences: its stream position, its length,
+        and whether it begins a document. For each sequence: its number of pieces.
     """
     document, nth = _numbered(-(-lengths // size))
     piece_starts = starts[document] + nth * size
@@ -369,11 +373,11 @@ def pack(
 
     Args:
         packing: "cut" (`PackedDataset`), "whole" (`WholeDocuments`), or None for the default.
-        on_long: what happens to long documents if `packing` is "whole": "truncate", "drop" or
-            "error"; None for the default.
+        on_long: what happens to long documents if `packing` is "whole", as in `WholeDocuments`;
+            None for the default.
 
     Raises:
-        UserError: as `WholeDocuments`.
+        UserError: a document is too long, and `on_long` is "error".
     """
     have_prompts = split.num_targets < split.num_tokens
     if packing is None:

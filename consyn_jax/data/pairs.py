@@ -85,8 +85,8 @@ class PairDataset(PackedSequences):
             longest = int(halves.labels[np.argmax(is_long)].max())
             raise UserError(
                 f"A pair has a sequence of {longest:,} tokens, more than the {block_size:,} of "
-                "--max_tokens (--on_long_rows error). Raise --max_tokens, or give --on_long_rows "
-                "truncate or drop."
+                "--max_tokens, and --on_long_rows is error. Raise --max_tokens, or give "
+                "--on_long_rows truncate or drop."
             )
         has_answers = (halves.answers < np.minimum(halves.labels, block_size)).all(1)
         self.num_long = int(is_long.sum())

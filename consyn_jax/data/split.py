@@ -54,9 +54,9 @@ def joined_digest(parts: Sequence[bytes]) -> bytes:
 def split_of(document: bytes, validation: float, test: float = 0.0) -> str:
     """Choose the split of a document by its digest, which is read as a number in [0, 1).
 
-    For a document in parts, the digest of the first part decides. Validation takes the lower end of
-    the interval and test the upper end. So a larger held-out share only moves documents out of
-    train.
+    For a document in parts, the digest of the first part decides. Numbers below `validation` mean
+    validation, and numbers of at least 1 - `test` mean test. So a larger held-out share only moves
+    documents out of train.
 
     >>> a = digest(b"a document")
     >>> split_of(a, 0.0), split_of(a, 1.0), split_of(a, 0.0, 1.0)

@@ -24,7 +24,7 @@ def check_driver(driver: DriverState, cuda: int | None) -> list[Finding]:
     """Judge the driver, and whether it supports the CUDA version of JAX's plugin.
 
     Args:
-        cuda: major version of CUDA that JAX's plugin needs; None without a plugin.
+        cuda: major version of CUDA that JAX's plugin needs; None if JAX has no plugin for CUDA.
     """
     if not driver.count:
         return [_no_gpu(driver, cuda)]

@@ -103,10 +103,10 @@ def choose_in_run(run: Path, step: int | None) -> Path | int:
 
 
 def check_kind(path: Path) -> None:
-    """Refuse a path that is neither a model directory nor a run, and describe it.
+    """Refuse a path that is neither a model directory nor a run.
 
     Raises:
-        UserError: the path is not a model directory.
+        UserError: the path is something else; the message says what.
     """
     models = f"Give the directory of a model with its {MODEL}, or of a run"
     if not path.is_dir():

@@ -148,8 +148,8 @@ class ConsynLMHeadModel(Decoder):
     def take_over(self, params: Params) -> None:
         """Replace the values of the parameters with `params`.
 
-        The model keeps its dtypes and shardings. Only an array that is split over several processes
-        keeps the sharding that it has in `params`.
+        The parameters keep their dtypes and shardings, with one exception: a parameter that is
+        split over several processes gets the sharding of its new value.
         """
 
         def like(value: jax.Array, old: jax.Array) -> jax.Array:

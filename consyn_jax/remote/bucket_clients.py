@@ -31,5 +31,5 @@ def open_bucket(url: BucketUrl) -> Bucket:
     except ValueError as error:  # such as an endpoint that is not a URL
         raise UserError(
             f"{url} cannot be opened ({without_keys(brief(error))}). Correct the variables or the "
-            "files that configure its provider's tools."
+            "files that configure the tools of the bucket's provider."
         ) from error

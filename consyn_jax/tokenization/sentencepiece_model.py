@@ -37,10 +37,10 @@ class Piece:
 
 
 def read_pieces(files: Mapping[str, bytes]) -> list[Piece] | None:
-    """Read the pieces of the SentencePiece model in a tokenizer's files; None without one.
+    """Read the pieces of a SentencePiece model; None if no file in `files` is such a model.
 
     Args:
-        files: contents of the files by name.
+        files: contents of a tokenizer's files, by name.
     """
     name = next((name for name in MODEL_FILES if name in files), None)
     if name is None:
@@ -52,8 +52,8 @@ def sentencepiece_json(data: bytes) -> tuple[str, dict[str, str | None]]:
     """Convert a SentencePiece model.
 
     Returns:
-        The tokenizer.json, whose post-processor puts BOS before texts if the model has BOS. The
-        special tokens by role.
+        The content of tokenizer.json, and the special tokens by role. If the model has BOS, the
+        tokenizer puts BOS before every text.
 
     Raises:
         UserError: the model is damaged, or of a kind that `tokenizers` does not support.
@@ -145,8 +145,8 @@ def _piece(data: bytes) -> Piece:
 def _bpe(pieces: list[Piece], unknown: int) -> dict[str, Any]:
     """Build the BPE model of a tokenizer.json.
 
-    Two pieces that form a normal piece when concatenated are a merge. The merges are sorted by the
-    score of the piece that they form, highest first.
+    There is a merge for every two pieces whose concatenation is a normal piece. The merges are
+    sorted by the score of that concatenation, highest first.
     """
     ids = {piece.text: index for index, piece in enumerate(pieces)}
     mergeable = {p.text for p in pieces if p.kind in (NORMAL, USER_DEFINED, UNUSED)}
@@ -196,7 +196,7 @@ def _user_defined(pieces: list[Piece]) -> dict[str, Any] | None:
 
     The pieces are not added tokens, because an extra space would follow an added token. With
     user-defined pieces, a BPE model looks up a whole word before it merges. The pre-tokenizer
-    therefore also splits the text of control tokens, so that it never becomes a control token.
+    therefore also splits the text of control tokens, so that no text becomes a control token.
     """
     found = sorted((p.text for p in pieces if p.kind == USER_DEFINED), key=len, reverse=True)
     if not found:

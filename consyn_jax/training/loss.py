@@ -233,7 +233,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
     """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
-    # In float16, the smallest gradients would underflow, as the loss scale is applied only later.
+    # In float16, the smallest gradients would underflow: the loss scale is applied only later.
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     kernel = chunks.kernel and with_gradients and not vocab.mesh_axes
     chunk = partial(

@@ -10,11 +10,11 @@ from consyn_jax.tokenization import BPETokenizer
 
 
 def model_tokenizer(model: Any, made_by: BPETokenizer | None) -> BPETokenizer | None:
-    """Choose the tokenizer to save with the model: the model's tokenizer, or that of the data.
+    """Choose the tokenizer to save with the model: the model's tokenizer, or else the data's.
 
     Args:
-        model: The model to train; a loaded one may have a tokenizer.
-        made_by: Tokenizer that made the ids of the data, if known.
+        model: The model to train; a loaded model may have a tokenizer.
+        made_by: Tokenizer that made the ids of the data; None if unknown.
 
     Raises:
         UserError: A loaded model and the data have different tokenizers.

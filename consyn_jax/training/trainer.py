@@ -83,9 +83,9 @@ class ConsynTrainer:
         eval_dataloader: Evaluation data of the same kinds; None for no evaluation.
         num_epochs, max_steps: Limits; the first one reached ends training. By default, 3 epochs.
         learning_rate: Peak learning rate; by default 5e-5 for adamw.
-        tokenizer: Tokenizer that makes samples and is saved; optional for data of `get_dataset`.
+        tokenizer: Tokenizer for samples, saved with the model; optional for data of `get_dataset`.
         run: A resolved configuration and the origins of its values, as `consyn-train` makes them.
-            All arguments that are settings are then ignored.
+            If it is given, all arguments that are settings are ignored.
         notes: Rows of name and value for the header, which is printed at the start.
         callbacks: Objects with any of the methods of `Callback`.
         settings: Flags of `consyn-train`, by name.
@@ -232,7 +232,7 @@ class ConsynTrainer:
         return weights_of(self.model)
 
     def parameters(self, mesh: Mesh) -> Params:
-        """Make the trainable parameters on `mesh`: those of the model, or of a new adapter."""
+        """Make the parameters to train on `mesh`: the model's parameters, or a new adapter's."""
         lora = self.run.lora
         if lora.is_used:
             return initial_adapter(self.model.config, lora, self.run.budget.seed, mesh)
@@ -288,8 +288,8 @@ class ConsynTrainer:
     def train(self, **unknown: Any) -> dict[str, float | int]:
         """Train to the end of the budget, from the newest checkpoint if there is one.
 
-        However the run ends, the passed model then has the newest parameters, in its previous dtype
-        and on its previous devices. The checkpoints have the parameters in float32.
+        Afterwards, even if the run diverged or was stopped, the model has the newest parameters, in
+        its previous dtype and on its previous devices. The checkpoints have them in float32.
 
         Args:
             unknown: Not allowed; settings are keywords of `ConsynTrainer`.

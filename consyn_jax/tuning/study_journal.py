@@ -1,4 +1,4 @@
-"""Open and check a study's journal, the file of Optuna's trials, which may be untrusted."""
+"""Open and check a study's journal, the file of Optuna's trials; the file may be untrusted."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def open_journal(optuna: Any, directory: Path) -> Any:
 
 
 def _remove_left_lock(lock: Path, file: str) -> None:
-    """Remove a lock file that is not a link to the journal.
+    """Remove a leftover lock file: a lock that is not a link to the journal.
 
-    Optuna would wait forever for a broken link, which is left if a process is killed and the
-    directory is moved. A lock that exists only for a moment may belong to another process that uses
-    another path to the directory.
+    Optuna would wait forever for such a lock. It is left if a process is killed and the directory
+    is then moved. A lock that disappears within `LEFT_S` seconds is not removed: it may belong to a
+    process that uses another path to the directory.
     """
     before = None
     for seconds in (LEFT_S, 0.0):
@@ -82,9 +82,9 @@ def _remove_left_lock(lock: Path, file: str) -> None:
 
 
 def cut_torn_line(file: Path, lock: Any) -> None:
-    """Cut off an incomplete last line of a journal, which is left if the disk is full.
+    """Cut off an incomplete last line of a journal; a full disk leaves such a line.
 
-    Optuna ignores such a line, but refuses the journal once another line follows it.
+    Optuna ignores an incomplete last line, but refuses the journal once another line follows it.
 
     Args:
         lock: Optuna's lock, which a process holds while it writes a line.

@@ -252,7 +252,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     assert int(full) > 3  # met on the way
     assert names == sorted((str(int(step) - 1), step))
     assert lines[1].startswith("The checkpoint of step ")
-    assert "No space left on device. The newest checkpoint is that of step" in lines[1]
+    assert "No space left on device. The newest checkpoint is of step" in lines[1]
 
 
 FILES_LIMITED = """
@@ -282,7 +282,7 @@ print(told[0], sorted(path.name for path in directory.iterdir()))
 def test_files_that_may_not_grow(tmp_path: Path) -> None:
     told = said(python(FILES_LIMITED, tmp_path))
     assert told.startswith("The checkpoint of step 2 could not be written to ")
-    assert told.endswith(": File too large. The newest checkpoint is that of step 1. ['1', '7']\n")
+    assert told.endswith(": File too large. The newest checkpoint is of step 1. ['1', '7']\n")
 
 
 # ------------------------------------------------------------------------------------ two processes

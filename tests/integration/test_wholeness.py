@@ -86,14 +86,14 @@ def test_an_end_that_is_not_whole_is_done_again(
     again = here(run.path, *FLAGS, "--data", corpus)
     assert again.code == 0, again.said
     assert said in again.said
-    assert ". The end of the run is repeated" in again.said
+    assert ". The work after the last step is repeated" in again.said
     assert again.weights == whole.weights
     assert disagreement(run.path / "final") is None
     assert again.events[-1] == "finish"
     assert (run.path / "report.html").exists()
     assert (run.path / "loss.png").exists()
     if harm in ("no log", "empty log"):
-        assert "ends at step 0, and the checkpoint is of step 6" in again.said
+        assert "ends at step 0, but the checkpoint is of step 6" in again.said
     assert "This run is complete" in here(run.path, *FLAGS, "--data", corpus).said
 
 
@@ -105,7 +105,7 @@ def test_a_log_that_ends_before_the_checkpoint_is_said_with_both_steps(
     log.write_text("".join(kept) + '{"step": 3, "tok')
     again = here(run.path, *FLAGS, "--data", corpus)
     assert again.code == 0, again.said
-    assert "ends at step 2, and the checkpoint is of step 6" in again.said
+    assert "ends at step 2, but the checkpoint is of step 6" in again.said
     (resumed,) = (line for line in again.lines if line.get("event") == "resume")
     assert resumed["log_ended_at"] == 2
 

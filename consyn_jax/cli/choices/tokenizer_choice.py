@@ -30,15 +30,15 @@ def choose_tokenizer(
 ) -> BPETokenizer | str | None:
     """Choose the tokenizer of a run.
 
-    A checkpoint is trained with its own tokenizer. If it has none, the bundled one is used only if
-    the user names it.
+    A checkpoint is trained with its own tokenizer. If it has no tokenizer, the bundled tokenizer is
+    used only if the user names it.
 
     Args:
         is_store: whether `--data` is a token store.
 
     Returns:
-        A tokenizer, or "train:SIZE" if one is to be trained, or None for the bundled tokenizer or
-        the token store's.
+        A tokenizer, or "train:SIZE" if a tokenizer is to be trained. None means the token store's
+        tokenizer, or the bundled tokenizer if `--data` is not a token store.
 
     Raises:
         UserError: the tokenizer does not fit the checkpoint, or the checkpoint has none.

@@ -149,7 +149,7 @@ def _prepared(
 
 
 def _check_pairs(config: RunConfig, stores: Sequence[Prepared]) -> None:
-    """Check that token stores hold pairs of answers if --objective is dpo, and none otherwise."""
+    """Check that token stores hold pairs of answers if, and only if, --objective is dpo."""
     for prepared in stores:
         if prepared.store.holds_pairs == config.trains_on_pairs:
             continue
@@ -299,7 +299,7 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
 
 
 def left_out_files(files: Sequence[tuple[str, str]]) -> str:
-    """Describe the files left out: their number, and for each reason the first file names."""
+    """Describe the files left out: their number, each reason, and a few files for each reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in files:
         reasons.setdefault(reason, []).append(name)
@@ -313,7 +313,7 @@ def left_out_files(files: Sequence[tuple[str, str]]) -> str:
 def noticed(
     sources: Sequence[Source], options: CorpusOptions, tokenizer: BPETokenizer
 ) -> list[Note]:
-    """Header lines about structure in text files that is not read, and the flags to read it."""
+    """Header lines about text files whose structure is not read, with the flags that read it."""
     from consyn_jax.data.sources.recognition.unread_structure import unread_structure
 
     end_text = tokenizer.decode([tokenizer.eos_token_id], False)

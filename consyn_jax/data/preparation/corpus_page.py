@@ -123,7 +123,7 @@ def _named(counts: Mapping[str, int], names: Mapping[str, str]) -> Rows:
 
 
 def _example(report: Report) -> str:
-    """The section with the first row that has a prompt, as the model is trained on it."""
+    """Make the section with the prompt and the target of the first row that has a prompt."""
     if not report.example:
         return ""
     _, prompt, target = report.example

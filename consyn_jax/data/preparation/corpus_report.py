@@ -37,7 +37,7 @@ NOTICES = {
 
 
 class Counts(Protocol):
-    """Counts of documents that a `Report` takes; its own attributes describe them."""
+    """Counts that `Report.take` adds to a report; the attributes are described in `Report`."""
 
     rows_not_utf8: int
     changed: dict[str, int]
@@ -59,8 +59,8 @@ class Report:
             of a chat and each part of a long document counts separately.
         noticed: number of documents with an unusual feature, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
-        unread: for each key that a row's format does not use, the number of rows with it; at most
-            `UNREAD_KEYS` keys.
+        unread: number of rows with each key that their format does not use; at most `UNREAD_KEYS`
+            keys.
         example: format, end of the prompt and beginning of the target of the first row with a
             prompt; empty if there is none.
         examples: by rule, the first few documents left out, as "place: beginning of the text".
@@ -70,7 +70,7 @@ class Report:
             key n (a power of two, or 0) counts lengths from n to below 2 n.
         sources: for each source, its name, its kind, and its numbers of documents read and kept.
         left_out: files that were not read, each with the reason.
-        rows_not_utf8: rows that were not UTF-8, whether left out as bad rows or repaired.
+        rows_not_utf8: number of rows that were not UTF-8, repaired ones included.
     """
 
     documents: int = 0
@@ -111,12 +111,12 @@ class Report:
         return self.documents - sum(self.dropped.values())
 
     def drop(self, rule: str, place: str, text: str) -> None:
-        """Count a document that is left out, and record the first few as examples."""
+        """Count a dropped document; the first few of each rule are also recorded as examples."""
         self.dropped[rule] = self.dropped.get(rule, 0) + 1
         self.show(rule, place, text)
 
     def show(self, rule: str, place: str, text: str) -> None:
-        """Record a document that is left out as an example, if there are only a few yet."""
+        """Record a dropped document as an example, unless the rule has enough examples already."""
         shown = self.examples.setdefault(rule, [])
         if len(shown) < EXAMPLES:
             # A message about a bad row follows the place directly; other text is quoted after a
@@ -126,7 +126,7 @@ class Report:
             )
 
     def take(self, result: Counts, most_unread: float = UNREAD_KEYS) -> None:
-        """Add the counts of other documents, which come after those of this report.
+        """Add the counts of later documents.
 
         Args:
             most_unread: largest number of keys in the table "unread".
@@ -137,7 +137,7 @@ class Report:
         self.example = self.example or result.example
 
     def join(self, later: Report) -> None:
-        """Add the report of the documents after those of this report, without its sources."""
+        """Add the counts and the examples of a report about later documents."""
         self.take(later)
         self.documents += later.documents
         for name in ("dropped", "document_bytes", "document_tokens"):
@@ -146,7 +146,7 @@ class Report:
             self.examples[rule] = [*self.examples.get(rule, []), *shown][:EXAMPLES]
 
     def add(self, name: str, counts: Mapping[str, int], most_unread: float = UNREAD_KEYS) -> None:
-        """Add counts to one of the tables, by its name."""
+        """Add counts to the table `name`."""
         table = getattr(self, name)
         for key, count in counts.items():
             if name == "unread" and key not in table and len(table) >= most_unread:
@@ -175,8 +175,8 @@ class Report:
     def in_order(self) -> Report:
         """A copy of the report with sorted tables.
 
-        Otherwise their order would depend on where blocks end, which changes when a preparation is
-        resumed.
+        Unsorted tables would depend on where blocks end, and resuming a preparation changes where
+        blocks end.
         """
         orders: dict[str, Callable[[str], Any]] = {
             "dropped": RULES.index,
@@ -222,10 +222,10 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
 
 
 def is_as_lenient(report: Report, options: CorpusOptions) -> bool:
-    """Whether a preparation with `options` would treat rows that are not UTF-8 in the same way.
+    """Whether `options` would treat rows that are not UTF-8 as the reported preparation did.
 
-    True if there were no such rows. Also true if `options` make such rows an error: then
-    `check_leniency` raises this error.
+    The answer is true if there were no such rows. It is also true if `options` make such rows an
+    error, because `check_leniency` then raises this error.
     """
     repaired = "invalid_utf8" in report.changed
     stops = options.on_bad_rows == options.invalid_utf8 == "error"

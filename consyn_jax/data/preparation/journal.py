@@ -76,7 +76,8 @@ class Journal:
     Attributes:
         key: hash of the store's content (`preparation_spec.key_of`).
         single: whether the corpus is one document, which is split by position.
-        source, position: number of the source, and position in it, where reading continues.
+        source: number of the source in which reading continues.
+        position: position in that source at which reading continues.
         long: the long document that the next block continues; None if there is none.
         writer: the `state` of the `TokenStoreWriter`.
         seen: number of valid records in the file `digests`.

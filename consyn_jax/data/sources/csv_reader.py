@@ -30,9 +30,9 @@ HEADLESS = "; if the first line is a row of data, add a line of column names abo
 class CsvReader(Reader):
     """CSV and TSV files, which may be compressed; their first line has the column names.
 
-    The delimiter is the most frequent of `DELIMITERS` in the first line. It is the tab in a .tsv
-    file whose first line has a tab. Fields in double quotes may contain line breaks. In a file with
-    unpaired quotes, quotes are ordinary characters.
+    The delimiter is the most frequent character of `DELIMITERS` in the first line. In a .tsv file,
+    a tab in the first line takes precedence. Fields in double quotes may contain line breaks. In a
+    file with unpaired quotes, quotes are ordinary characters.
     """
 
     kind, noun, unit = "csv", "a table of columns", "table of columns"
@@ -113,7 +113,7 @@ class _Form:
 def _records(
     name: str, stream: ByteStream, start: Position, form: _Form
 ) -> Iterator[tuple[int, list[str], Position]]:
-    """Yield (line, fields, position after the record); positions are (bytes, lines)."""
+    """Yield (line number, fields, position after the record); a position is (bytes, lines)."""
     stream.skip(start[0])
     at, line = start
     taken: list[int] = []

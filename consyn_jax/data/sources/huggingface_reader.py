@@ -27,11 +27,11 @@ class HuggingFaceReader(Reader):
         return "" if dataset_rows.is_dataset(file.path) else None
 
     def is_source(self, path: Path) -> bool:
-        """Whether `path` is a dataset written by `save_to_disk`, or its split PATH:SPLIT."""
+        """Whether `path` is a dataset written by `save_to_disk`, or PATH:SPLIT for one split."""
         return dataset_rows.is_dataset(path)
 
     def other_splits(self, path: Path) -> tuple[str, ...]:
-        """List the splits of a saved `DatasetDict` other than train; PATH:SPLIT reads one."""
+        """List the names PATH:SPLIT of the splits of a saved `DatasetDict`, except train."""
         return dataset_rows.other_splits(path)
 
     def remote_name(self, name: str) -> str | None:
@@ -39,19 +39,19 @@ class HuggingFaceReader(Reader):
         return hub.identity(name) if parse_hub_name(name) else None
 
     def remote_splits(self, name: str, remote: str) -> tuple[str, ...]:
-        """List the splits of a Hub dataset other than train, as names of sources."""
+        """List the splits of a Hub dataset, except train, as names of sources."""
         return () if names_split(name) else hub.other_splits(remote)
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """List the local files; none for a Hub dataset, whose name includes its commit."""
+        """List the local files; none for a Hub dataset, because its name includes the commit."""
         return dataset_rows.files(Path(name)) if dataset_rows.is_dataset(Path(name)) else ()
 
     def size(self, name: str) -> int:
-        """Return the size in bytes of the files, or of the copy in the cache."""
+        """Return the size in bytes of the files, or of a Hub dataset's copy in the cache."""
         return dataset_rows.size(name)
 
     def can_seek(self, name: str) -> bool:
-        """Whether the dataset is in local files, of which row groups are skipped."""
+        """Whether the dataset is in local files; reading them can skip whole row groups."""
         return bool(self.files(name))
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:

@@ -208,7 +208,7 @@ def _answered(prompt: str, answer: str) -> tuple[Segment, ...]:
 
 
 def _format(row: dict, keys: RowKeys) -> str:
-    """Choose the format of a row by the keys that flags name, or otherwise by its own keys.
+    """Choose the format of a row by the keys that flags name, or else by the keys of the row.
 
     Raises:
         BadRow: no format matches, or the matching format cannot be trained on.

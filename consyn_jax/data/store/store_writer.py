@@ -36,13 +36,12 @@ SHARD_TOKENS = 1 << 24
 
 
 def documents_to_fill(ends: Int64[np.ndarray, " documents"], tokens: int) -> int:
-    """Number of documents in a shard that is closed at the first end that reaches `tokens`.
+    """Number of documents that a shard needs to have at least `tokens` tokens.
+
+    If all documents have fewer tokens together, the result is the number of documents plus 1.
 
     Args:
-        ends: ends of the documents, in tokens.
-
-    Returns:
-        More than there are documents, if none reaches `tokens`.
+        ends: for each document, the number of tokens up to its end.
     """
     return int(np.searchsorted(ends, tokens)) + 1
 
@@ -57,7 +56,7 @@ class TokenStoreWriter:
         directory: directory of the store; it must not exist yet, unless `state` is given.
         tokenizer: the tokenizer that made the ids. Its EOS is appended to every document, and a
             copy of the tokenizer is written into the store.
-        shard_tokens: number of tokens after which a shard is closed at the next end of a document.
+        shard_tokens: a shard is closed at the end of the document that reaches this many tokens.
         state: a result of `checkpoint()` for an unfinished store in `directory`. Writing resumes
             from this state, and anything written after it is removed.
 

@@ -38,7 +38,7 @@ class Conversion:
         name: Name of the model for its model card.
         dtype: The number type to write; None to keep the number types of the source's files.
         exact: The number type that represents the source's weights without rounding.
-        shard_bytes: Maximum size of a file of weights.
+        shard_bytes: Maximum size of a weight file, in bytes.
     """
 
     source: ModelSource

@@ -88,9 +88,8 @@ class Evaluation:
 def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
     """Return records of a model's answers, by task.
 
-    Records of questions that the model answers by generating have the text, and whether it is
-    right. Then follow records of questions with given answers, which have the log-likelihood of
-    each answer.
+    The first records are about generated answers: the text, and whether it is right. The later
+    records are about given answers: the log-likelihood of each answer.
     """
     return {
         scores.task.name: [

@@ -20,8 +20,9 @@ WIDTH, HEIGHT, EDGE = 160, 10, 4  # of the drawing of an interval
 def evaluation_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
     """Return the HTML page of an evaluation, from the result of `Evaluation.as_json`.
 
-    Each metric is a row and each model a column. A cell has the value, its interval (also drawn, on
-    a scale for the row), the difference from the first model and the share of changed answers.
+    Each row is a metric, and each column is a model. A cell has the value, its interval as numbers
+    and as a drawing, the difference from the first model, and the share of changed answers. The
+    drawings in a row have the same scale.
     """
     models = [model["name"] for model in content["models"]]
     body = [_models(content["models"])]
@@ -54,7 +55,7 @@ def _section(section: Section, models: Sequence[str]) -> str:
 
 
 def _scale(row: Sequence[Value | None]) -> Interval | None:
-    """The smallest and the largest bound of the intervals in a row."""
+    """The smallest and the largest bound of the intervals in a row; None if there are none."""
     found = [value.interval for value in row if value is not None and value.interval is not None]
     finite = [each for each in found if abs(each.low) < 1e300 and abs(each.high) < 1e300]
     if not finite:

@@ -1,6 +1,7 @@
-"""8-bit floats with one scale per array, and the scales of the step before.
+"""Quantise arrays to 8-bit floats, with one scale per array.
 
-The forward pass uses e4m3, and gradients use e5m2 (Micikevicius et al., 2022).
+The forward pass uses e4m3, and gradients use e5m2 (Micikevicius et al., 2022). The scales of a step
+are computed from the largest magnitudes in the previous step.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 FORWARD, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
-SMALLEST_EXPONENT = -60  # of a scale; the product of two scales then fits float32
-# Activations and gradients of a block that matmuls read, with the number of times that the largest
-# element may double in a step before it is clipped. A gradient may grow by more, as those of the
-# first steps do, when the output embedding is still small; e5m2 has the range for it.
+SMALLEST_EXPONENT = -60  # of a scale, so that the product of two scales fits float32
+# The activations and gradients of a block that matmuls read. `DOUBLINGS` is how many times the
+# largest element of each may double from one step to the next before it is clipped. Gradients have
+# more room, because they grow fast in the first steps, when the output embedding is small.
 ACTIVATIONS = ("attention_input", "o_input", "mlp_input", "down_input")
-GRADIENTS = ("q", "k", "v", "o", "gate", "up", "down")  # of the outputs of these matmuls
+GRADIENTS = ("q", "k", "v", "o", "gate", "up", "down")  # with respect to these matmuls' outputs
 ARRAYS = (*ACTIVATIONS, *GRADIENTS)
 DOUBLINGS = np.array([1] * len(ACTIVATIONS) + [4] * len(GRADIENTS))
 
@@ -57,7 +58,7 @@ def scale_for(largest: Float[Array, ""], dtype: Any) -> Scale:
 
 
 def _exponent(largest: jax.Array, top: Any) -> jax.Array:
-    """The smallest exponent of two by which `largest` is divided to be at most `top`."""
+    """The smallest exponent e for which `largest / 2**e` is at most `top`."""
     digits, exponent = jnp.frexp(largest)
     top_digits, top_exponent = np.frexp(np.asarray(top, np.float32))
     exponent = exponent - top_exponent + (digits > top_digits)
@@ -67,9 +68,9 @@ def _exponent(largest: jax.Array, top: Any) -> jax.Array:
 def first_scales(num_layers: int) -> Float[Array, "L arrays"]:
     """Scales before any step: 1/4 for activations, and 2^-8 for gradients.
 
-    Activations up to 112 are then in the range of e4m3, and gradients from 1e-7 to 224 in that of
-    e5m2. Normed activations of width D are at most sqrt(D), and the gradients of the objective,
-    which is a sum over tokens, do not depend on the size of a batch.
+    The range of e4m3 then covers activations up to 112, and the range of e5m2 covers gradients from
+    1e-7 to 224. Normed activations of width D are at most sqrt(D). The objective is a sum over
+    tokens, so its gradients do not depend on the batch size.
     """
     scales = [0.25] * len(ACTIVATIONS) + [2.0**-8] * len(GRADIENTS)
     return jnp.tile(jnp.array(scales, jnp.float32), (num_layers, 1))
@@ -80,8 +81,8 @@ def next_scales(
 ) -> Float[Array, "*L arrays"]:
     """Scales of the next step, from the largest magnitudes in this step.
 
-    They are powers of two with room for `DOUBLINGS`. Arrays of zeros, and arrays that are not
-    finite, keep their scale, as in Transformer Engine.
+    A scale is a power of two for which the largest element fits even after `DOUBLINGS` doublings.
+    As in Transformer Engine, an array that is zero or not finite keeps its scale.
     """
     types = [FORWARD] * len(ACTIVATIONS) + [GRADIENT] * len(GRADIENTS)
     exponent = _exponent(largest, [float(jnp.finfo(dtype).max) for dtype in types]) + DOUBLINGS
@@ -121,12 +122,12 @@ def quantise(
 
 
 def scale_in(scales: Scales | None, name: str) -> Scale | None:
-    """The scale of the array `name`, one of `ARRAYS`; None without scales."""
+    """The scale of the array `name`, one of `ARRAYS`; None if there are no scales."""
     return None if scales is None else scales[ARRAYS.index(name)]
 
 
 def in_order(scales: Scales | None, largest: dict[str, Float[Array, ""]]) -> Scales | None:
-    """Largest magnitudes in the order of `ARRAYS`, 0 for those that are missing."""
+    """Largest magnitudes in the order of `ARRAYS`, with 0 for missing arrays."""
     if scales is None:
         return None
     return jnp.stack([largest.get(name, jnp.zeros((), jnp.float32)) for name in ARRAYS])

@@ -165,10 +165,10 @@ def _encoded(texts: Sequence[str], tokenizer: Callable[[], Any]) -> list[list[in
 
 
 def prompt_ids(text: str, tokenizer: BPETokenizer) -> list[int]:
-    """Encode a prompt, beginning with the first token of documents if the tokenizer has one.
+    """Encode a prompt; put BOS before it if the tokenizer puts BOS before documents.
 
-    An empty prompt becomes a single token: the first token of documents, otherwise BOS, otherwise
-    EOS. In training data without BOS, each document follows an EOS.
+    An empty prompt becomes BOS, or EOS if the tokenizer has no BOS. In training data without BOS,
+    each document follows an EOS.
     """
     begin = [] if tokenizer.first_id is None else [tokenizer.first_id]
     first = (tokenizer.first_id, tokenizer.bos_token_id, tokenizer.eos_token_id)

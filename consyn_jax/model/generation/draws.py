@@ -60,10 +60,11 @@ class Sampling:
         top_p: Sample from the smallest set of likeliest tokens whose probabilities sum to at least
             this value.
         min_p: Sample from tokens whose probability is at least this fraction of the highest one.
-        repetition_penalty: Penalty for tokens that already occur in the text or its prompt: their
-            positive logits are divided by it, negative ones are multiplied (Keskar et al., 2019).
+        repetition_penalty: Penalty for tokens that already occur in the prompt or in the new text.
+            Their positive logits are divided by the penalty, and their negative logits are
+            multiplied by it (Keskar et al., 2019).
         seed: Random seed. A draw depends only on the seed, the index of the prompt, the index of
-            the sequence among those of the prompt, and the index of the token.
+            the sequence among the prompt's sequences, and the index of the token.
     """
 
     temperature: float = 0.0
@@ -172,7 +173,7 @@ def row_keys(
     Args:
         base: Key of the seed (`seed_key`).
         prompt_B: Index of the row's prompt.
-        sequence_B: Index of the row's sequence among those of the prompt.
+        sequence_B: Index of the row's sequence among the prompt's sequences.
     """
 
     def one(prompt: jax.Array, sequence: jax.Array) -> jax.Array:
@@ -196,7 +197,7 @@ def draw(
     """Sample one token per row from filtered logits; without `filters.draws`, take the likeliest.
 
     Args:
-        index_B: Index of the token among the new tokens of its text. It is folded into the key.
+        index_B: Index of the token among the row's new tokens; it is folded into the key.
     """
     if not filters.draws:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -87,14 +87,14 @@ class Adapter:
 
     Attributes:
         base: The model to which the adapter belongs.
-        changes: Name of a tensor of the base -> adapter of the tensor.
+        changes: The adapter of each adapted tensor, by the tensor's name in the base.
     """
 
     base: Base
     changes: dict[str, Change]
 
     def added_to(self, read: Read) -> Read:
-        """Wrap the function that reads tensors of the base, so that it adds the adapter to them."""
+        """Return a function that reads tensors of the base like `read`, and adds the adapter."""
 
         def merged(name: str, *index: slice) -> np.ndarray:
             values, change = read(name, *index), self.changes.get(name)
@@ -200,7 +200,7 @@ def _scale(directory: Path, config: dict[str, Any], module: str, rank: int) -> f
 
 
 def _names(pattern: str, module: str) -> bool:
-    """Whether a key of alpha_pattern, a regular expression, matches a module's name as in PEFT.
+    """Whether a regular expression of alpha_pattern matches a module's name, by PEFT's rules.
 
     Raises:
         ValueError: The pattern has so many repetitions that matching could take forever.
@@ -232,12 +232,12 @@ def check_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
 
 
 class _Place(NamedTuple):
-    """The part of a tensor's adapter that belongs to one of the parameters in the tensor.
+    """The part of a tensor's adapter that belongs to one parameter of the tensor.
 
     Attributes:
         tensor: The tensor in the files of the base.
-        part: The parameter's rows of the tensor.
-        columns: The parameter's columns of `b`, which are also its rows of `a`.
+        part: The rows of the tensor that are the parameter.
+        columns: The columns of `b` and the rows of `a` that belong to the parameter.
     """
 
     tensor: Tensor
@@ -250,7 +250,7 @@ class _Place(NamedTuple):
 
 
 def _places(config: ModelConfig, options: LoraOptions) -> Iterator[list[_Place]]:
-    """Yield the positions of the adapters of each weight tensor, in the order of the file."""
+    """Yield a list of places for each tensor that has an adapter, in the order of the file."""
     for tensor in hf_tensors(config):
         parts = [p for p in tensor.parts if p.layer is not None and p.path[-1] in options.targets]
         if parts:
@@ -314,7 +314,7 @@ def _adapter_config(options: LoraOptions, base: Base, ranks: dict[str, int]) -> 
     """The content of adapter_config.json, with the same keys as PEFT writes.
 
     Args:
-        ranks: Name of each adapted module -> rank of the adapter.
+        ranks: Rank of each adapted module's adapter, by the module's name.
     """
     name, _, revision = (base.name or "").partition("@")
     is_hub = not Path(name).is_absolute()

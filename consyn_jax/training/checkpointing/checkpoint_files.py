@@ -34,7 +34,10 @@ def step_of(name: str) -> int | None:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """Steps that have a checkpoint, ascending; a checkpoint being written has another name."""
+    """Steps of the complete checkpoints, ascending.
+
+    An incomplete checkpoint is not in a directory named by a step.
+    """
     if not directory.exists():
         return []
     return sorted(
@@ -55,7 +58,7 @@ def misnamed(directory: Path) -> Path | None:
 def file_names(directory: Path) -> list[str]:
     """Names of the files of a checkpoint, except its checksums.
 
-    Hidden files are left out, as file managers and network file systems create them.
+    Hidden files are left out, because file managers and network file systems create them.
     """
     names = (
         path.relative_to(directory).as_posix()

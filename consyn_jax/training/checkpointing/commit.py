@@ -90,7 +90,7 @@ class WrittenPart:
     """The result of one process's write: the files that it has written, or its error.
 
     Attributes:
-        hashes: Name of each file -> hash.
+        hashes: Hash of each file, by name.
         error: The error that ended the write; None after success.
         written: Size and time of the write; None after an error.
     """
@@ -101,7 +101,7 @@ class WrittenPart:
 
     @property
     def defect(self) -> Exception | None:
-        """The error, if there is one and the operating system did not cause it (a full disk)."""
+        """The error, or None if there is none or if the operating system caused it."""
         return None if refusal(self.error) else self.error
 
     def message(self) -> str:
@@ -110,7 +110,7 @@ class WrittenPart:
 
 
 def write_part(target: Path, futures: list[Any]) -> WrittenPart:
-    """Wait until Orbax has written this process's share of the arrays, and hash the files."""
+    """Wait until Orbax has written this process's share of the arrays; then hash the files."""
     own, began = f"{STATE}/ocdbt.process_{jax.process_index()}/", time.monotonic()
     try:
         write_at_low_priority(futures)
@@ -131,7 +131,7 @@ def write_part(target: Path, futures: list[Any]) -> WrittenPart:
 
 
 def _hash_and_flush(file: Path) -> tuple[str, float]:
-    """The hash of a file, and the seconds that its flush to the disk took."""
+    """Hash a file and flush it to the disk; return the hash and the seconds for the flush."""
     content_hash, began = file_hash(file), time.monotonic()
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
@@ -152,7 +152,7 @@ def discard(target: Path) -> None:
     """Remove the files of a failed write.
 
     If the directory was deleted during the write, Orbax may have created its parent directories
-    again. They are removed if they are empty.
+    again. Empty parent directories are removed.
     """
     was_deleted = deleted(target) is not None
     shutil.rmtree(target, ignore_errors=True)
@@ -168,7 +168,8 @@ def merge_parts(
     """Combine the results of all processes.
 
     Returns:
-        The operating system's error in any process, as text, or None; and the hashes of all files.
+        A pair: the text of an error of the operating system in any process, or None; and the hashes
+        of all files.
 
     Raises:
         Exception: A process had an error that the operating system did not cause. The process with
@@ -240,7 +241,7 @@ def kept_steps(steps: list[int], last: int, every: int | None) -> list[int]:
 
 
 def rotate(directory: Path, old: list[int], damaged: Collection[int]) -> None:
-    """Remove old checkpoints, once the rename of the new one has reached the disk."""
+    """Flush the rename of the new checkpoint to the disk, and then remove old checkpoints."""
     flush(directory)
     remove_unfinished(directory)  # Orbax may have written after the removal of a failed attempt
     remove(directory, old, damaged)

@@ -71,7 +71,7 @@ class Checkpoints:
         provenance: Function that makes the content of provenance.json from a step and the hashes of
             the state's files; None for checkpoints without this file.
         written: The last two writes of this process.
-        damaged: Step of each damaged checkpoint that `newest` has found -> reason. `delete_after`
+        damaged: Fault of each damaged checkpoint that `newest` has found, by step. `delete_after`
             renames these checkpoints.
 
     Raises:
@@ -231,7 +231,7 @@ class Checkpoints:
                 self._hook.remove(self)
 
     def _not_written(self, step: int, reason: str) -> str:
-        newest = f"The newest checkpoint is that of step {self._steps[-1]}" if self._steps else ""
+        newest = f"The newest checkpoint is of step {self._steps[-1]}" if self._steps else ""
         return (
             f"The checkpoint of step {step} could not be written to {self.directory}: {reason}. "
             f"{newest or 'There is no checkpoint yet'}."

@@ -39,14 +39,14 @@ def read_record(place: Path) -> dict[str, Any]:
 def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
     """Read the arrays of a checkpoint.
 
-    The scales of fp8 are the only part that may be on one side only. A checkpoint from before fp8
-    had scales, or of another precision, gets those of a new run, which a step replaces. Scales that
-    `like` does not have are left out.
+    The fp8 scales may be missing in the checkpoint or in `like`, because only fp8 runs have them.
+    If the checkpoint has no scales, the scales of a new run are used; the next step replaces them.
+    If `like` has no scales, the checkpoint's scales are left out.
 
     Args:
         handler: Orbax's checkpoint handler.
-        like: Shapes, dtypes and shardings of the state to return; the mesh may differ from that of
-            the saved state.
+        like: Shapes, dtypes and shardings of the state to return; the mesh may differ from the mesh
+            of the saved state.
 
     Raises:
         UserError: The arrays belong to another model.
@@ -69,7 +69,7 @@ def read_state(handler: Any, place: Path, like: TrainState) -> TrainState:
 
 
 def _stored_scales(saved: Any, like: TrainState) -> tuple[Any, ...]:
-    """Describe the scales in a checkpoint, as `like` does if it has scales."""
+    """Return shapes, dtypes and shardings of the fp8 scales in a checkpoint."""
     if saved and like.scales:
         return like.scales
     return tuple(
@@ -98,7 +98,7 @@ def check_model(place: Path, old: dict[str, str], new: dict[str, str]) -> None:
 
 
 def array_types(state: Any) -> dict[str, str]:
-    """Path of each array -> dtype and shape."""
+    """Dtype and shape of each array, by its path in the state."""
     import orbax.checkpoint as ocp
 
     tree = ocp.tree.serialize_tree(state, keep_empty_nodes=True)

@@ -140,7 +140,7 @@ def _compared(step: int, line: dict[str, Any] | None, values: dict[str, float]) 
 
 
 def _after_evaluation(state: TrainState, plateau: Plateau, value: float) -> TrainState:
-    """Return the state after an evaluation of the run, which may have lowered the learning rate."""
+    """Apply the plateau rule to the metric of an evaluation; it may lower the learning rate."""
     return state._replace(opt_state=with_rate_scale(state.opt_state, plateau.update(value)))
 
 

@@ -93,9 +93,9 @@ def _share(spent: float, together: float, steps: int) -> str:
 
 
 def _least(summary: Summary, part: str, spent: float) -> str:
-    """Lower bound of a part's time on this device, and what sets it; empty if unknown.
+    """Describe the lower bound of a part's time on this device; "" if the bound is unknown.
 
-    Collectives have no bound; the share of them that overlaps other operations is given instead.
+    Collectives have no bound. For them, the text is the share that overlaps other operations.
     """
     if part == COLLECTIVES and summary.hidden_share is not None:
         return f"; {summary.hidden_share:.0%} of it overlaps other operations"
@@ -168,7 +168,7 @@ class Profile:
         """Return a context in which to dispatch step `number`; if requested, it traces the step.
 
         Args:
-            before: State before the step.
+            before: State before the step. The trace begins when this state has been computed.
         """
         if self._wanted is None or not self._wanted[0] <= number <= self._wanted[1]:
             return nullcontext()
@@ -184,7 +184,7 @@ class Profile:
         """Stop the trace if `number` is its last step; call this after the dispatch of every step.
 
         Args:
-            after: Results of the step.
+            after: Results of the step. The trace stops when the results have been computed.
         """
         if self._is_tracing and self._wanted is not None:
             self._last = after
@@ -239,7 +239,7 @@ class Profile:
     def _guard(self, do: Callable[[], None]) -> None:
         try:
             do()
-        # Profilers, drivers and disks may raise anything, and none of it may end a run.
+        # Profilers, drivers and disks may raise any error, and no such error may end a run.
         except Exception as error:  # noqa: BLE001
             self._wanted = None
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -40,8 +40,8 @@ class ItemDataset:
 
     Attributes:
         fingerprint: Hash of all rows; None if it cannot be computed.
-        warn: Function that is called with a warning the first time that a row is cut. Only rows
-            that were not read before the run can be cut.
+        warn: Function that is called with a warning the first time that a row is cut. A row that
+            was read before the run is never cut: if it is too long, an error is raised.
 
     Raises:
         UserError: A row that was read before the run is too long, or has an id outside the
@@ -66,7 +66,7 @@ class ItemDataset:
 
     @cached_property
     def _first(self) -> Any:
-        """The first row; it is read only once, as it may be slow to read or random."""
+        """The first row; it is cached, because some datasets are slow or random."""
         return self.items[0]
 
     def _check(self, i: int, item: Any) -> None:

@@ -53,7 +53,7 @@ def _words(command: str) -> list[str]:
 
 
 def duration(seconds: float | None) -> str:
-    """Format a duration as hours, minutes and seconds, with days from 48 hours on.
+    """Format a duration as hours, minutes and seconds; with days if it is at least 48 hours.
 
     >>> duration(3725.4), duration(200_000.0), duration(None)
     ('1:02:05', '2 d 7:33:20', '-:--:--')

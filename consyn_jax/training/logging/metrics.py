@@ -44,8 +44,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
     Args:
         check: called before every line; it may raise if the directory is gone.
-        warn: called with a sentence after the file was written again.
-        began: `time.perf_counter()` at the beginning of this start of the run; None for now.
+        warn: called with a sentence after a deleted or replaced file was written again.
+        began: value of `time.perf_counter()` when this process started the run; by default, its
+            current value.
 
     Raises:
         UserError: the file cannot be written, or a line before the last one is damaged.
@@ -74,7 +75,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         The change is atomic and may be repeated.
 
         Returns:
-            The newest time in the log up to `step`, in seconds. The clock continues from it.
+            The newest time in the log up to `step`, in seconds; the clock continues from this time.
         """
         lines = [line for line in _lines(self.path) if line["step"] <= step]
         kept = [
@@ -106,8 +107,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             The line as `read_metrics` would return it.
 
         Raises:
-            UserError: the line cannot be written, and is not in the file; or another program has
-                changed the file.
+            UserError: another program has changed the file, or the line cannot be written. A line
+                that cannot be written is not in the file, not even in part.
         """
         self._check()
         with self._guard:

@@ -263,8 +263,8 @@ def _seconds(value: float) -> str:
 def _events_title(history: History) -> str:
     shown = min(len(history.events), SHOWN_EVENTS)
     if shown == history.num_events:
-        return "Events, the newest first"
-    return f"Events, the newest {shown:,} of {history.num_events:,}, the newest first"
+        return "Events, newest first"
+    return f"The last {shown:,} of {history.num_events:,} events, newest first"
 
 
 def _events(history: History) -> Iterable[tuple[str, ...]]:

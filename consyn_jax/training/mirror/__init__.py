@@ -1,1 +1,1 @@
-"""The copy of a run in a bucket: found and fetched at the start, kept up to date while it runs."""
+"""The copy of a run in a bucket: fetch it at the start, and update it while the run trains."""

@@ -1,4 +1,4 @@
-"""Compare the identity of a run in run.json with those in provenance.json and in the log."""
+"""Compare the identities of a run in run.json, in provenance.json and in the log."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from consyn_jax.training.run.directory import CHECKPOINTS
 
 
 def check_identity(place: Path, facts: dict[str, Any] | None, found: Findings) -> RunRecord | None:
-    """Compare the identity in run.json with that in provenance.json and in the log's start events.
+    """Compare the identities in run.json, in provenance.json and in the log's start events.
 
     Args:
-        facts: Record of the run; None if there is none that can be read.
+        facts: Record of the run; None if it is missing or cannot be read.
 
     Returns:
-        The identity that checkpoints must have: from provenance.json if there is one, otherwise
+        The identity that checkpoints must have: from provenance.json if that file exists, otherwise
         from run.json; None if unknown.
     """
     before, owner = len(found.differs), _owner(place, facts, found)

@@ -71,9 +71,9 @@ class Saved:
 
     Attributes:
         sums: Name of the file with the checksums of all other files.
-        faults: Function that finds files which differ from their checksums.
+        faults: Function that finds files that differ from their checksums.
         added: Function that finds files without a checksum.
-        weights: Function that reads the checksums of the files of weights, by name.
+        weights: Function that returns the checksum of each weight file, by the file's name.
     """
 
     sums: str

@@ -64,11 +64,11 @@ def is_complete(
     Args:
         path: The run directory.
         resumed: Step from which the run would resume.
-        data_is_known: Whether the training data was compared with that of the run.
+        data_is_known: Whether the training data was compared with the data of the run in `path`.
         warn: Function for a warning if the work after the last step must be repeated.
 
     Raises:
-        UserError: The run is complete, but the data cannot be compared with that of the run.
+        UserError: The run is complete, but the data was not compared.
     """
     if resumed is None:
         return False
@@ -76,12 +76,15 @@ def is_complete(
     if not is_over(progress, total_steps, options):
         return False
     if reason := from_first(lambda: unfinished(path)):
-        warn(f"The run in {path} took its last step, but {reason}. The end of the run is repeated.")
+        warn(
+            f"The run in {path} has taken its last step, but {reason}. The work after the last "
+            "step is repeated."
+        )
         return False
     if not data_is_known:
         raise UserError(
-            f"The run in {path} is complete, and its data cannot be compared with this data, "
-            "which is an iterator or random. Pass another output_dir, or overwrite=True."
+            f"The run in {path} is complete. An iterator or random data cannot be compared with "
+            "the data of that run. Pass another output_dir, or overwrite=True."
         )
     return True
 
@@ -175,8 +178,8 @@ def rewind(
     if ended >= step:
         return {}
     warn(
-        f"{log.path} ends at step {ended:,}, and the checkpoint is of step {step:,}: what was "
-        "logged between them is lost."
+        f"{log.path} ends at step {ended:,}, but the checkpoint is of step {step:,}: the log lines "
+        "between these steps are lost."
     )
     return {"log_ended_at": ended}
 
@@ -198,11 +201,12 @@ def open_callbacks(
     warn: Callable[[str], None],
     checkpoints: Checkpoints,
 ) -> Callbacks:
-    """Start trackers, or continue those in the checkpoint, and start the user's callbacks.
+    """Start or continue the trackers, and start the user's callbacks.
 
     Args:
         run: View of the run, which the callbacks receive.
         own: Functions that make the user's callbacks.
+        progress: Progress of the run; it has the identity of a tracker to continue.
     """
     resumed = run.resumed_from
     if resumed is None and (run.directory / "logs").exists():

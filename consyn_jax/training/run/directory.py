@@ -179,7 +179,7 @@ class RunDirectory:
                 f"{self.path / TOKENIZER} cannot be written: {error.strerror}. {remedy(error)}, or "
                 "name another --output."
             ) from error
-        self.tokenizer = tokenizer  # set last, as the heartbeat may call `check` meanwhile
+        self.tokenizer = tokenizer  # set last: the heartbeat may call `check` at any time
 
     def check_for_line(self) -> None:
         """Check that this process still has its lock, before it writes a line of the log.

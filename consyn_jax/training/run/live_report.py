@@ -72,7 +72,7 @@ class LiveReport:
             self._write("running", is_alive=True)
 
     def tick(self) -> None:
-        """Write the page if the last version is a minute old; call this after every step."""
+        """Rewrite the page if its last version is at least a minute old; call this every step."""
         if self._clock() - self._written >= TICK_S:
             self.refresh()
 

@@ -32,10 +32,10 @@ SIGNALS = "signals"  # the array in a batch that carries each process's message,
 class Signals:
     """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, which would otherwise end the process.
 
-    A second SIGINT or SIGTERM ends the process at once, unless it follows so soon that it is a
-    repeat of the first (`Repeats`). SIGUSR1 and SIGHUP do not count here: SIGUSR1 is only a
-    warning, and a closing terminal may send SIGHUP several times. If SIGHUP is ignored, as under
-    `nohup`, it stays ignored.
+    A second SIGINT or SIGTERM ends the process at once, unless it follows so soon that it is an
+    automatic repeat of the first (`Repeats`). SIGUSR1 and SIGHUP never end the process at once:
+    SIGUSR1 is only a warning, and a closing terminal may send SIGHUP several times. If SIGHUP is
+    ignored, as under `nohup`, it stays ignored.
 
     Attributes:
         received: Name of the first signal; None if there was none.

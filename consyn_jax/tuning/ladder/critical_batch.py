@@ -20,7 +20,8 @@ class BatchPoint:
         parameters: number of parameters of the model, without embeddings.
         tokens: number of tokens trained on at the measurement.
         scale: the noise scale, in tokens.
-        run_tokens: number of tokens at the end of the run whose learning rate decays from here on.
+        run_tokens: number of training tokens of the whole run. The run's learning rate begins to
+            decay at the measurement.
     """
 
     parameters: float

@@ -103,10 +103,10 @@ class _Problem:
         return np.stack([e, a, b, -a * self.n, -b * self.d], axis=1)
 
     def starts(self, count: int) -> list[np.ndarray]:
-        """Find starting points: the pairs of exponents that fit best, out of a grid.
+        """Find starting points: the pairs of exponents in a grid that fit best.
 
-        For fixed exponents, the loss is linear in the other constants, and linear least squares
-        finds them.
+        For fixed exponents, the loss is linear in the other constants, so linear least squares
+        finds these constants.
         """
         found = []
         one = np.ones_like(self.n)
@@ -120,7 +120,7 @@ class _Problem:
         return [start for _, start in found[:count]]
 
     def solved(self, starts: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
-        """Minimise the Huber loss from each starting point; return the lowest and its unknowns."""
+        """Minimise the Huber loss from each start; return the lowest loss and its unknowns."""
         best: tuple[float, np.ndarray] | None = None
         margin = 1e-6
         for start in starts:

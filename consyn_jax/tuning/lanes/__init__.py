@@ -1,1 +1,1 @@
-"""Lanes: trials that train side by side, with one program for all."""
+"""Lanes: threads that train trials side by side, and share compiled programs."""

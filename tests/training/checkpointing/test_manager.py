@@ -539,7 +539,7 @@ def test_without_room_a_save_is_not_begun(
             assert not checkpoints.save(step, state_of(step), {})
         checkpoints.wait()
         assert not checkpoints.save(7, state_of(7), {})
-    told = "The checkpoint of step 5 could not be written to {}: it needs 1 MB, and 0 MB are free. The newest checkpoint is that of step 4."
+    told = "The checkpoint of step 5 could not be written to {}: it needs 1 MB, and 0 MB are free. The newest checkpoint is of step 4."
     assert warnings == [told.format(checkpoints.directory)]
     assert [path.name for path in checkpoints.directory.iterdir()] == ["4"]
     save(checkpoints, 8)

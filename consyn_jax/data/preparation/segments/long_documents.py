@@ -1,12 +1,14 @@
-"""Phase "long": join the parts of long documents, of which a segment may have only some.
+"""Phase "long": join the parts of long documents; the parts may be in several segments.
 
-The arrays have one row for each long document, in the order of the corpus:
+The result is arrays with one row for each long document, in the order of the corpus:
 
-    begin, end    its first and its last part, as numbers of documents
-    splits        its split
-    rules         the rule of `RULES` that drops it, or NO_RULE
-    num_bytes, num_tokens, offset    of its text
-    signatures    its signature, if near duplicates are left out
+    begin, end    ids of the first and of the last part (`job.document_ids`)
+    splits        index of the split in `SPLITS`
+    rules         index in `RULES` of the rule that drops the document, or NO_RULE
+    num_bytes     size of the text in bytes
+    num_tokens    number of tokens
+    offset        byte offset of the text in its source
+    signatures    signature for the search for near duplicates; `EMPTY` without that search
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def write_long(job: Job, number: int) -> None:
 def _parts(
     job: Job, segment: int, rows: Int64[np.ndarray, " n"]
 ) -> tuple[EncodedDocuments, Int64[np.ndarray, " n"]]:
-    """The parts in these rows, without their tokens, and the offsets of their text."""
+    """The parts in these rows, without their tokens, and the byte offset of each part's text."""
     none = np.zeros(0, np.uint8)
     names = TABLE if job.threshold is not None else tuple(n for n in TABLE if n != "signatures")
     columns = {name: job.array("segments", segment, name)[rows] for name in names}

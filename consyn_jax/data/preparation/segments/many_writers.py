@@ -1,7 +1,7 @@
-"""Make a store by many writers: run the phases, and end as after the last block of one writer.
+"""Make a store with many writers, which run the tasks of each phase in parallel.
 
-The state that results is a `Journal` whose shards are all closed, so the report, the manifest and
-the checks at the end are those of `build.Preparation`.
+The result is the same `Journal` that a single writer has after its last block. `build.Preparation`
+then checks the data and writes the report and the manifest, as it does for a single writer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from consyn_jax.files import aside, make_directory, replace_directory, write_who
 from consyn_jax.tokenization import BPETokenizer
 
 TOKENIZER = "tokenizer"  # learned from the data
-# A segment takes up to two minutes of a core; of a small corpus there are a few thousand.
+# A segment takes a core up to two minutes. A small corpus has a few thousand segments.
 MOST_SEGMENT_BYTES, LEAST_SEGMENT_BYTES, SEGMENTS = 256 << 20, 4 << 20, 4096
 MOST_PARTITIONS, LEAST_PARTITIONS, PARTITION_BYTES = 1024, 8, 1 << 30
 
@@ -45,10 +45,11 @@ class Tasks(AbstractContextManager["Tasks"]):
     def run(
         self, job: Job, phase: str, numbers: Sequence[int], done: Callable[[int], None]
     ) -> None:
-        """Run tasks of one phase; call `done` with the number of those that have ended.
+        """Run the tasks `numbers` of a phase; call `done` with the number of finished tasks so far.
 
         Raises:
-            UserError: a task cannot be done; of several, that with the lowest number.
+            UserError: tasks have failed; the message is about the failed task with the lowest
+                number.
         """
 
     @abstractmethod
@@ -83,7 +84,7 @@ class TasksHere(Tasks):
         return [_taken(work_on_file(str(path.resolve()))) for path in paths]
 
     def close(self) -> None:
-        """Do nothing, as there are no processes."""
+        """Do nothing, because there are no processes."""
 
 
 def _taken(answer: Answer) -> Any:
@@ -94,17 +95,17 @@ def _taken(answer: Answer) -> Any:
 
 
 def one_writer_reason(spec: Spec) -> str:
-    """The reason why this data goes through one writer all the same; "" if there is none.
+    """Reason for using one writer despite --shared_directory; "" if many writers can be used.
 
-    Hub datasets are downloaded into the cache of one node, and Python's own texts may differ
-    between nodes.
+    Hub datasets are in the cache of one node only. The texts of `--data sample` come from Python,
+    whose version may differ between nodes.
     """
     names = [source.name for source in spec.sources if not source.files]
     return f"{names[0]} is not a file that all nodes can read" if names else ""
 
 
 def root_of(spec: Spec, destination: Destination) -> Path:
-    """The directory of the segments; each pair of spec and destination has its own."""
+    """The directory of the segments, a different one for each pair of spec and destination."""
     assert spec.engine.shared_directory is not None
     output = hashlib.sha256(str(destination.directory.resolve()).encode()).hexdigest()[:8]
     return Path(spec.engine.shared_directory).resolve() / f"consyn-{destination.key}-{output}"
@@ -177,7 +178,7 @@ class ManyWriters:
         shutil.rmtree(self._root, ignore_errors=True)
 
     def _begin(self) -> Job:
-        """The job in `root`; what another job left there is removed."""
+        """Begin or resume the job in `root`; remove files that another job left there."""
         tokenizer, single = self._tokenizer(), self._spec.is_one_text
         job = self._new_job(tokenizer, single)
         path = job.root / JOB
@@ -191,8 +192,8 @@ class ManyWriters:
                     continue
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         tokenizer.save(job.output / "tokenizer")
-        # The journal of one writer before its first block: other data is refused, and a command
-        # without --shared_directory begins anew.
+        # Write the journal that one writer has before its first block. Then a command with other
+        # data is refused, and a command without --shared_directory starts from the beginning.
         begin = Journal.begin(self._spec, self._destination.key, single)
         begin.write(self._destination.preparing / JOURNAL)
         job.remove_drafts()
@@ -202,7 +203,7 @@ class ManyWriters:
     def _new_job(self, tokenizer: BPETokenizer, single: bool) -> Job:
         spec = self._spec
         size = spec.num_bytes
-        # What does not change the documents is left out, so that it may change before a resume.
+        # Leave out options that do not change the documents, so that they may change in a resume.
         options = dataclasses.replace(
             spec.options, data=(), validation=(), num_workers=None, tokenizer=None
         )
@@ -226,7 +227,7 @@ class ManyWriters:
         )
 
     def _tokenizer(self) -> BPETokenizer:
-        """The tokenizer, learned from the data unless an earlier command has done so."""
+        """Return the tokenizer; if it is to be trained, train it once and keep it in `root`."""
         spec, path = self._spec, self._root / TOKENIZER
         if not isinstance(spec.tokenizer, str):
             return spec.tokenizer
@@ -238,7 +239,7 @@ class ManyWriters:
         return BPETokenizer.from_file(path)
 
     def _count(self, report: Report) -> list[list[int]]:
-        """Join the reports of all segments; return their tokens by split."""
+        """Join the reports of all segments; return each segment's number of tokens per split."""
         tokens = []
         for segment in range(self._job.num_segments):
             result = self._job.result("kept", segment)
@@ -250,7 +251,7 @@ class ManyWriters:
         return tokens
 
     def _forget_missing_shards(self, count: int) -> None:
-        """Make shards again whose files are gone from the output."""
+        """Forget finished shards whose files are missing in the output, so they are made again."""
         job = self._job
         for number in job.done("shards"):
             entry: dict[str, Any] = job.result("shards", number)
@@ -262,9 +263,9 @@ class ManyWriters:
 
 
 def _may_continue(old: Job, new: Job) -> bool:
-    """Whether the finished tasks of `old` are those of `new`.
+    """Whether the job `new` can use the finished tasks of the job `old`.
 
-    They may differ in what is done with bad rows, if there were none so far.
+    The two jobs may treat bad rows differently, as long as no bad row was found.
     """
 
     def compared(job: Job) -> str:

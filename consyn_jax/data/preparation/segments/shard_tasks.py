@@ -1,4 +1,4 @@
-"""Shards: where they begin, by a running sum of tokens, and phase "shards", which writes them."""
+"""Plan the shards from the numbers of tokens, and write them (phase "shards")."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from consyn_jax.files import flush, write_whole
 SHARDS = "shards.json"
 
 Place = tuple[int, int]
-"""A segment, and a row in it."""
+"""A position: the number of a segment, and of a row in that segment."""
 Shard = tuple[int, int, Place, Place]
-"""A shard: the number of its split, its number in it, its first row, and the row after it."""
+"""A shard: (number of the split, number of the shard in the split, start, end).
+
+The end is the position after the last row.
+"""
 
 
 def plan_shards(job: Job, tokens: Sequence[Sequence[int]]) -> list[Shard]:
-    """Find where the shards of all splits begin.
+    """Find the start and the end of each shard of all splits.
 
     Args:
-        tokens: for each segment, its kept tokens by split.
+        tokens: number of kept tokens of each segment in each split.
     """
     return [
         (split, number, *ends)
@@ -41,12 +44,12 @@ def plan_shards(job: Job, tokens: Sequence[Sequence[int]]) -> list[Shard]:
 
 
 def _shards_of(job: Job, split: int, tokens: Sequence[int]) -> Iterator[tuple[Place, Place]]:
-    """The first row of each shard of a split, and the row after it.
+    """Yield (start, end) of each shard of a split.
 
-    Only segments in which a shard ends are looked into.
+    Only the segments in which a shard ends are read.
     """
     start: Place = (0, 0)
-    waiting = 0  # tokens of the open shard before the segment
+    waiting = 0  # tokens of the open shard before this segment
     for segment, here in enumerate(tokens):
         if waiting + here < job.shard_tokens:
             waiting += here
@@ -65,7 +68,7 @@ def _shards_of(job: Job, split: int, tokens: Sequence[int]) -> Iterator[tuple[Pl
 
 
 def write_shards_plan(job: Job, shards: list[Shard]) -> None:
-    """Write down the shards for the tasks."""
+    """Write the planned shards to a file, for the tasks that write the shards."""
     write_whole(job.root / SHARDS, json.dumps(shards))
 
 
@@ -101,7 +104,7 @@ class _Rows:
         self._kept = np.flatnonzero(job.array("kept", segment, "splits") == split)
 
     def write(self, writer: ShardWriter, first: int, last: int | None) -> None:
-        """Append the rows from `first` to before `last` (None: to the end) to a shard."""
+        """Append the rows `first` to `last - 1` to a shard; all later rows if `last` is None."""
         kept = self._kept[self._kept >= first]
         kept = kept if last is None else kept[kept < last]
         if not len(kept):
@@ -112,7 +115,7 @@ class _Rows:
         }
         tokens = SegmentTokens(self._job, self._segment)
         is_part = columns["flags"][kept] & PART > 0
-        # A run is a part, or neighbouring documents, which are copied at once.
+        # A run is one part of a long document, or consecutive documents that are copied together.
         breaks = (np.diff(kept) > 1) | is_part[1:] | is_part[:-1]
         for run in np.split(kept, np.flatnonzero(breaks) + 1):
             self._write_run(writer, run, columns, tokens)

@@ -1,4 +1,4 @@
-"""The smollm3 layout: llama, in which only some layers have rotary embedding or a window."""
+"""The smollm3 layout: llama, but each layer may lack rotary embedding or have a window."""
 
 from __future__ import annotations
 

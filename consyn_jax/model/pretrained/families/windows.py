@@ -1,4 +1,4 @@
-"""The keys of sliding windows in config.json, for windows on all layers or on some."""
+"""Read and write the keys of config.json about sliding windows."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read_typed(hf: HfConfig, window: int | None, implied: list[bool]) -> Fields:
     """Read the window fields of `ModelConfig` from layer_types.
 
     Args:
-        implied: Whether each layer has a window if the key layer_types is missing.
+        implied: Whether each layer has a window; used only if the key layer_types is missing.
     """
     kinds = layer_types(hf)
     return windows(window, implied if kinds is None else [kind == SLIDING for kind in kinds])
@@ -81,7 +81,7 @@ def write_typed(config: ModelConfig) -> list[str]:
 def read_late(hf: HfConfig) -> Fields:
     """Read the window fields of a qwen model.
 
-    Without layer_types, the layers with an index from max_window_layers on have a window.
+    If layer_types is missing, each layer with an index of at least max_window_layers has a window.
     """
     used = hf.get("use_sliding_window", False)
     first = int(hf["max_window_layers"])

@@ -35,8 +35,8 @@ def key(activity: str) -> str:
 class ActivityClock:
     """Assigns every second to one activity, so that the activities add up to the wall time.
 
-    An activity is known from the phase that the run reports to the watchdog. A step counts as
-    compute until its metrics are read. Waiting for the next batch counts as data.
+    The run reports its phase to the watchdog, and each phase belongs to an activity (`OF_PHASE`). A
+    step counts as compute until its metrics are read. Waiting for the next batch counts as data.
 
     Args:
         clock: clock in seconds, with any starting point.
@@ -60,7 +60,7 @@ class ActivityClock:
         """Add the time until now to the current activity, and begin a new phase.
 
         Args:
-            phase: the watchdog's name of the phase.
+            phase: name of the new phase, as in the watchdog.
         """
         now = self._clock()
         self._seconds[self._activity] += now - self._since

@@ -31,7 +31,7 @@ class BoundedCurve:
     """A curve stored as the lowest and the highest point of each bucket of consecutive points.
 
     All buckets have the same number of points. When there are too many buckets, neighbours are
-    merged in pairs, so spikes stay visible.
+    merged in pairs. Spikes stay visible, because they are the highest points of their buckets.
 
     Attributes:
         size: number of points in a bucket; 1 as long as every point is stored.
@@ -146,7 +146,7 @@ class History:
         self._add_moment(line)
 
     def _add_moment(self, line: Mapping[str, Any]) -> None:
-        """Store this line's time by activity, if enough lines have passed since the last one."""
+        """Store the line's time by activity; `_stride` lines are skipped after each stored line."""
         if key(ACTIVITIES[0]) not in line:
             return
         if self._skipped:
@@ -172,9 +172,9 @@ class History:
 def earlier_activities(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Compute the seconds spent on each activity in a whole log, for `ActivityClock.begin`.
 
-    Metric lines have the seconds spent on each activity so far. The time after the last such line
-    counts as evaluation if an evaluation was logged at its step, otherwise as saving. Older logs
-    have no seconds by activity; all of their time counts as `other`.
+    Lines of training metrics have the seconds spent on each activity so far. The time after the
+    last such line counts as evaluation if the log has an evaluation at the same step, and otherwise
+    as saving. Older logs have no seconds by activity; all of their time counts as `other`.
     """
     time_s = max((line["time_s"] for line in lines), default=0.0)
     told = next((line for line in reversed(lines) if key(ACTIVITIES[0]) in line), None)
