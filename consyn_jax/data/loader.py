@@ -52,14 +52,14 @@ class Order(Protocol):
         """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
 
     def passes(self, position: int) -> dict[str, int]:
-        """Return the number of complete passes over each source before `position`, by its name.
+        """Return the number of complete passes over each source before `position`.
 
-        The name of a single source is "".
+        The keys are the names of the sources. The name of a single source is "".
         """
 
 
 class Shuffled:
-    """An endless order that repeats one dataset and shuffles it anew in each epoch.
+    """The order of a run on one dataset, which is repeated endlessly and shuffled in each epoch.
 
     Args:
         shuffle: False keeps the order of the dataset.

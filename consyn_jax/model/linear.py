@@ -105,11 +105,11 @@ def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, 
 
 
 class MlpWeights(NamedTuple):
-    """The parameters of a block's MLP with its norm, but for the bias of the output.
+    """The parameters of a block's MLP and of the norm before it, without the output bias.
 
     Attributes:
         norm: Scale of the norm.
-        gate_bias: Bias, or None if the model has none; as `up_bias`.
+        gate_bias, up_bias: Biases; None if the model has none.
     """
 
     norm: Any

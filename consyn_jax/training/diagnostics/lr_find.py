@@ -263,7 +263,7 @@ def _smooth(y: Float[np.ndarray, " steps"], width: float) -> Float[np.ndarray, "
 
 
 def _standard_error(y: Float[np.ndarray, " steps"], width: float) -> float:
-    """Estimate the standard error of a smoothed loss, without effects of trend and outliers."""
+    """Estimate the standard error of a smoothed loss, unaffected by its trend and by outliers."""
     jumps = np.diff(y)
     noise = 1.4826 * float(np.median(np.abs(jumps - np.median(jumps)))) / math.sqrt(2)
     return noise / math.sqrt(2 * math.sqrt(math.pi) * width)

@@ -74,7 +74,7 @@ class Operation(NamedTuple):
 
     @property
     def part(self) -> str:
-        """The part of the model or step: one of `SCOPES`, collectives, or other."""
+        """The part of the model or step: one of `SCOPES`, `COLLECTIVES` or `OTHER`."""
         if self.path == COLLECTIVES or _COLLECTIVE.search(f"{self.name} {self.kernel}"):
             return COLLECTIVES
         if found := _SCOPE.findall(self.path):
@@ -204,7 +204,7 @@ def _hidden_share(operations: Sequence[Operation]) -> float | None:
 
 
 def _largest(operations: Iterable[Operation]) -> tuple[tuple[str, str, float, int], ...]:
-    """The operations with the longest total time, as `Summary.largest`."""
+    """The operations with the longest total time, in the form of `Summary.largest`."""
     found = defaultdict[tuple[str, str], list[float]](list)
     for operation in operations:
         found[operation.title, operation.part].append(operation.own)

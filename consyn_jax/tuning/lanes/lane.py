@@ -26,7 +26,8 @@ class LanesProgram(Protocol):
     """A program that runs for all lanes at once.
 
     Attributes:
-        waits: whether called programs whose `waits` is False run before this program.
+        waits: whether this program runs only when no lane has called a program whose `waits` is
+            False.
     """
 
     waits: bool

@@ -130,7 +130,7 @@ def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
 
 
 def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
-    """Yield (record batch, bytes up to its end) of an Arrow file.
+    """Yield (record batch, bytes of the file up to the end of this batch) of an Arrow file.
 
     The file has the IPC file format, or the IPC stream format that `datasets` writes.
     """
