@@ -239,7 +239,7 @@ class OptimizerOptions:
 
     @property
     def momentum_decay(self) -> float:
-        """Decay of the momentum: `momentum`, else the optimizer's default, else 0 (no momentum)."""
+        """Decay of the momentum: `momentum`, or the optimizer's default, or 0 (no momentum)."""
         return (self.rule.momentum or 0.0) if self.momentum is None else self.momentum
 
     @property

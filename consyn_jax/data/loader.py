@@ -1,9 +1,9 @@
 """Batches for training and for evaluation, and a thread that prefetches them.
 
 A batch is a function of (seed, step). With A micro-batches of B sequences, step s takes the global
-positions s * A * B .. (s + 1) * A * B. Of these, micro-batch a takes a * B .. (a + 1) * B. Each
-process reads only its own rows of a micro-batch. The global batch is the same for any number of
-processes.
+positions s * A * B .. (s + 1) * A * B. Micro-batch a takes positions a * B .. (a + 1) * B of the
+step. Each process reads only its own rows of a micro-batch. The global batch is the same for any
+number of processes.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ NO_WINDOW = 2**30  # tokens; a window that no sequence fills
 
 
 class Documents(NamedTuple):
-    """For each token, the positions in its row of the first and the last token of its document."""
+    """For each token, the first and the last position of its document, within the row."""
 
     first_BT: Int[Array, "B T"]
     last_BT: Int[Array, "B T"]

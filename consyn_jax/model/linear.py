@@ -20,7 +20,7 @@ def linear(
     compute that gradient transposed, which takes XLA on CPUs three times as long.
 
     Args:
-        w: [D, F], where D or F may stand for several dimensions, as for heads.
+        w: [D, F], where D or F may stand for several dimensions, such as heads and their width.
         recast: Whether the backward pass casts the float32 `w` again. Otherwise the forward pass
             saves a 16-bit copy, which takes half the weights' memory. Set it to False under
             rematerialisation: the repeated forward pass casts `w` already, and another cast would

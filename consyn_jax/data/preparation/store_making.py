@@ -1,4 +1,4 @@
-"""Make or finish one store: by one writer, or by many."""
+"""Make or finish one store, with one writer or with many."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _fill(
 
 
 def _by_many(spec: Spec, destination: Destination) -> bool:
-    """Write the store by many writers; return whether it is complete, as `_fill` does."""
+    """Write the store with many writers; return whether it is complete, as `_fill` does."""
     writers = ManyWriters(spec, destination)
     with start_tasks(spec) as tasks:
         state = writers.fill(tasks)
@@ -79,7 +79,7 @@ def _by_many(spec: Spec, destination: Destination) -> bool:
             if is_complete:
                 preparation.finish()
         except UserError:
-            writers.remove()  # of data that changed, or of which nothing is left
+            writers.remove()  # the data has changed, or no document is left
             raise
     writers.remove()
     return is_complete

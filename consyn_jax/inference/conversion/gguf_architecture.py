@@ -39,7 +39,7 @@ class Architecture:
     is_square: bool = False
 
 
-# Hugging Face layout -> llama.cpp architecture. None of them supports the layout's sliding windows.
+# Hugging Face layout -> llama.cpp architecture. No architecture supports sliding windows here.
 LLAMA = Architecture(
     "llama",
     ("qkv_bias", "output_bias", "mlp_bias"),
@@ -76,7 +76,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     window = config.sliding_window
     if window is not None and window < context:
         reasons.append(
-            f"llama.cpp has no sliding window for this layout, but the model's window is "
+            "llama.cpp has no sliding window for this layout, but the model's window is "
             f"{window:,} tokens. Give --context {window}: up to this length, the results agree."
         )
     for name, what in (

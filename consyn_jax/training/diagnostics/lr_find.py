@@ -64,8 +64,8 @@ def check_beginning(options: OptimizerOptions) -> None:
     """
     if options.decay_from is not None:
         raise UserError(
-            "--lr_find starts at the beginning of a run, but --decay_from in the middle of one. "
-            "Leave one of them out."
+            "--lr_find starts at the beginning of a run, but --decay_from starts in the middle. "
+            "Leave one of the two flags out."
         )
 
 

@@ -101,13 +101,13 @@ class ProcessUsage:
 
 @dataclass
 class Adviser:
-    """Chooses advice for a run, each piece once. Every checkpoint contains this state.
+    """Chooses advice for a run; gives each piece once. Every checkpoint contains this state.
 
     Attributes:
         given: names of the advice already given.
         first_loss, first_spread: mean and standard deviation of the first 20 losses; None before
             there are 20.
-        clipped_since: the step since which nearly all steps were clipped; None if they are not.
+        clipped_since: the step since which nearly all steps were clipped; None if few are.
         spikes: the steps at which recent loss spikes began.
         best, train_at_best: the lowest evaluation loss, and the training loss at that evaluation.
         worse: number of consecutive evaluations that show overfitting.

@@ -229,9 +229,9 @@ def _zeros(like: Any) -> Any:
 def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
     """Measure the seconds per step, by number of lanes.
 
-    The number of lanes is doubled, from 1, as long as this fits in memory and raises the total
-    steps per second by the factor `GROWTH`. The result includes the last number of lanes even if
-    its gain was smaller.
+    The number of lanes is doubled, from 1, as long as the lanes fit in memory and doubling raises
+    the total steps per second by the factor `GROWTH`. The result includes the last number of lanes
+    even if the gain was smaller.
 
     Args:
         trainer: the trainer of any trial.

@@ -6,7 +6,7 @@ from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.segments.many_writers import Tasks, TasksHere
 from consyn_jax.data.store.file_hashes import FileHashes
 
-HASHED_HERE = 4 << 30  # bytes that this process hashes alone, in some seconds
+HASHED_HERE = 4 << 30  # bytes that this process hashes alone, within seconds
 
 
 def start_tasks(spec: Spec) -> Tasks:
