@@ -56,6 +56,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("phi3", (), ("dynamic", "longrope"), is_square=True),
 }
 SMOLLM3_INTERVAL = 4  # llama.cpp skips rotation in every fourth layer; no GGUF key changes this
+TO_HF = "Convert the model to hf."
 
 
 def architecture_of(config: ModelConfig, context: int) -> Architecture:
@@ -85,14 +86,11 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
         ("mlp_bias", "the MLP"),
     ):
         if getattr(config, name) and name not in own.biases:
-            reasons.append(
-                f"llama.cpp reads no biases of {what} for this layout. Convert the model to hf."
-            )
+            reasons.append(f"llama.cpp reads no biases of {what} for this layout. {TO_HF}")
     if own.is_square and config.num_heads * config.head_dim != config.hidden_dim:
         reasons.append(
             "for llama.cpp, all heads must together be as wide as the model, but "
-            f"{config.num_heads} heads x {config.head_dim} is not {config.hidden_dim}. Convert the "
-            "model to hf."
+            f"{config.num_heads} heads x {config.head_dim} is not {config.hidden_dim}. {TO_HF}"
         )
     rotates = config.rotary_layers or (True,) * config.num_layers
     known = [
@@ -102,15 +100,12 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     if list(rotates) != known:
         reasons.append(
             f"llama.cpp leaves every {SMOLLM3_INTERVAL}th layer of this layout unrotated, but this "
-            "model has other unrotated layers. Convert the model to hf."
+            f"model has other unrotated layers. {TO_HF}"
         )
     scaling = config.rope_scaling
     if scaling is not None:
         if scaling.rope_type not in own.scalings:
-            reasons.append(
-                f"llama.cpp has no {scaling.rope_type} scaling for this layout. Convert the model "
-                "to hf."
-            )
+            reasons.append(f"llama.cpp has no {scaling.rope_type} scaling for this layout. {TO_HF}")
         if scaling.rope_type == "dynamic" and context > config.context:
             reasons.append(
                 "llama.cpp has no dynamic scaling, which this model uses beyond "
@@ -120,7 +115,7 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
         if not scaling.truncate:
             reasons.append(
                 "llama.cpp's YaRN scaling always truncates, but the YaRN scaling of this model "
-                "does not. Convert the model to hf."
+                f"does not. {TO_HF}"
             )
     return reasons
 
