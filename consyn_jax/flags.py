@@ -124,7 +124,7 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
     if flag.many:
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         if flag.type is float and all(isinstance(item, str) for item in items):
-            items = [part for item in items for part in item.split(",")]  # as clear as with spaces
+            items = [part for item in items for part in item.split(",")]  # commas may separate too
         return tuple(_scalar(flag, item, where) for item in items)
     if value is None and flag.optional:
         return None
@@ -132,7 +132,7 @@ def convert(flag: Flag, value: Any, where: str) -> Any:
 
 
 def _scalar(flag: Flag, value: Any, where: str) -> Any:
-    if flag.const and str(value).lower() in ("true", "false"):  # as flags of other trainers
+    if flag.const and str(value).lower() in ("true", "false"):  # a value from other trainers
         value = str(value).lower() == "true"
     if isinstance(value, bool) and flag.choices:  # YAML reads no, yes, on and off as booleans
         words = (flag.const, "yes", "on") if value else ("no", "off", "none")

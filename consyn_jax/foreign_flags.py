@@ -135,7 +135,7 @@ _EXPLAINED = {
     ),
     f"an evaluation reads all of the validation data. {_LEAVE_OUT}, or hold out less with "
     "[validation_fraction 0.001]": "eval_iters eval.max_iters eval_batches limit_val_batches",
-    "the same command with the same [output DIR] continues from its newest checkpoint. "
+    "the same command with the same [output DIR] continues the run from the newest checkpoint. "
     f"{_LEAVE_OUT}, or continue from an older checkpoint with [resume STEP]": (
         "resume_from_checkpoint resume_from auto_resume checkpoint.load_step resume_training"
     ),
@@ -223,7 +223,7 @@ _KEYWORDS = {
         f"evaluations give loss, perplexity, accuracy and bits per byte. {_LEAVE_OUT}"
     ),
     "resume_from_checkpoint": (
-        "train() with the same [output_dir DIR] continues from its newest checkpoint. "
+        "train() with the same [output_dir DIR] continues the run from the newest checkpoint. "
         f"{_LEAVE_OUT}, or continue from an older checkpoint with [resume STEP]"
     ),
 }
@@ -334,7 +334,7 @@ def _written(match: re.Match[str], value: Any, known: Mapping[str, Flag], style:
     """Write a flag in the given style, for example --epochs 3.
 
     Args:
-        match: the flag in the text of an advice, written [NAME] or [NAME VALUE]. An asterisk in
+        match: the flag in a text of advice, written [NAME] or [NAME VALUE]. An asterisk in
             VALUE stands for the user's value.
         value: the user's value.
     """

@@ -41,8 +41,8 @@ class Optimizer:
             fine-tuning.
         lr_range: range of `--lr_find`, from a rate too low to change the loss to a rate too high to
             train.
-        block_matrices_only: the rule updates only the matrices inside the blocks, and AdamW the
-            rest.
+        block_matrices_only: the rule updates only the matrices inside the blocks. AdamW updates all
+            other parameters.
         layerwise: the update of a layer does not depend on other layers, and the state has only
             moments, so `--optimizer_memory host` can update one layer at a time.
         scale_free: the size of an element's update does not depend on the size of its gradient.
@@ -202,8 +202,8 @@ class OptimizerOptions:
     decay_shape: str = flag("sqrt", "shape of wsd's decay", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,
-        "start a new run in OUTPUT-decay-STEP from the checkpoint of this step in --output, which "
-        "is a wsd or constant run; decay the learning rate over --decay_ratio of the steps",
+        "start a new run in OUTPUT-decay-STEP, which decays the learning rate over --decay_ratio "
+        "of the steps; it begins at the checkpoint of this step in --output, a wsd or constant run",
         math=True,
     )
     plateau_factor: float = flag(
@@ -212,7 +212,7 @@ class OptimizerOptions:
         math=True,
     )
     plateau_patience: int = flag(
-        2, "evaluations without improvement before plateau lowers the rate", math=True
+        2, "number of evaluations without improvement before plateau lowers the rate", math=True
     )
     plateau_cooldown: int = flag(
         0,
@@ -220,7 +220,9 @@ class OptimizerOptions:
         math=True,
     )
     plateau_threshold: float = flag(
-        1e-4, "smallest relative improvement of an evaluation that counts for plateau", math=True
+        1e-4,
+        "smallest relative improvement that the plateau schedule counts as an improvement",
+        math=True,
     )
 
     @property
@@ -237,7 +239,7 @@ class OptimizerOptions:
 
     @property
     def momentum_decay(self) -> float:
-        """Decay of the momentum: `momentum`, else the optimizer's default, else 0 (no momentum)."""
+        """Decay of the momentum: `momentum`, or the optimizer's default, or 0 (no momentum)."""
         return (self.rule.momentum or 0.0) if self.momentum is None else self.momentum
 
     @property

@@ -19,7 +19,7 @@ class CorpusOptions:
 
     data: tuple[str, ...] = flag(
         ("sample",),
-        "files, directories, globs, s3:// and gs:// URLs of them, Hugging Face datasets "
+        "files, directories and globs (paths, or s3:// and gs:// URLs), Hugging Face datasets "
         "(NAME[@REVISION][:CONFIG[:SPLIT]]), or 'sample'",
     )
     validation: tuple[str, ...] = flag((), "validation data, instead of a share of --data")
@@ -99,7 +99,8 @@ class CorpusOptions:
     tokenizer: str | None = flag(
         None,
         "'default' (bundled, 49,152 tokens), 'bytes', 'train:SIZE' (trained on the data), or a "
-        "path or URL. Without this flag: that of the checkpoint or token store, else 'default'.",
+        "path or URL. Without this flag: the tokenizer of the checkpoint or token store, otherwise "
+        "'default'.",
     )
     num_workers: int | None = flag(
         None, "number of processes that clean and tokenise, besides the main process (one per core)"
@@ -117,13 +118,14 @@ class EngineOptions:
     )
     ray_address: str | None = flag(
         None,
-        "HOST:PORT of a Ray cluster's head node; auto: the cluster that this machine belongs to "
-        "(the variable RAY_ADDRESS; if it is not set, a Ray is started on this machine)",
+        "HOST:PORT of a Ray cluster's head node; auto: the cluster that this machine belongs to. "
+        "Without this flag: the environment variable RAY_ADDRESS, otherwise a new Ray instance on "
+        "this machine.",
     )
     shared_directory: str | None = flag(
         None,
-        "directory on storage that all nodes share, as --data and --output are: with --engine ray, "
-        "all nodes write, not only this process",
+        "with --engine ray: directory on storage that all nodes share. All nodes then write the "
+        "store, not only this process. --data and --output must also be on shared storage.",
     )
 
 

@@ -224,12 +224,12 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
         address = config.workers.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
         rows.append(("workers", f"tasks of Ray on {address}"))
     if config.workers.shared_directory is not None:
-        rows.append(("writers", f"all workers, by way of {config.workers.shared_directory}"))
+        rows.append(("writers", f"all workers; shared directory {config.workers.shared_directory}"))
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
 
 
 def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[str]:
-    """Lines, as (name, text), about the finished token store."""
+    """Describe the finished token store, in lines with a name and a text."""
     from consyn_jax.data.preparation.corpus_page import PAGE, size
     from consyn_jax.training.logging.formats import duration
 

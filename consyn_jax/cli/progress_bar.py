@@ -16,8 +16,8 @@ class Bar:
     stage, the bytes done and the total bytes (0 if unknown).
 
     Args:
-        introduce: called once, when the stage after hashing begins. There is no such stage if the
-            hashes show that the store is complete or has other data.
+        introduce: called once, when the stage after hashing begins. It is not called if the hashes
+            show that the store is complete, or that it was made from other data.
         clock: clock in seconds, with any starting point.
     """
 

@@ -154,7 +154,7 @@ class DocumentFinder:
     def _document(
         self, packed: PackedSequences, name: str, number: int, at: int
     ) -> LearnedDocument:
-        """Build the entry of a document, with its origin and without parts."""
+        """Build the entry of a document, including its origin; `parts` is still empty."""
         shard, before = packed.split.shards[number], packed.split.shards[:number]
         starts = self._starts(shard)
         begin = int(starts[at])

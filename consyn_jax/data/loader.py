@@ -1,9 +1,9 @@
 """Batches for training and for evaluation, and a thread that prefetches them.
 
 A batch is a function of (seed, step). With A micro-batches of B sequences, step s takes the global
-positions s * A * B .. (s + 1) * A * B. Of these, micro-batch a takes a * B .. (a + 1) * B. Each
-process reads only its own rows of a micro-batch. The global batch is the same for any number of
-processes.
+positions s * A * B .. (s + 1) * A * B. Micro-batch a takes positions a * B .. (a + 1) * B of the
+step. Each process reads only its own rows of a micro-batch. The global batch is the same for any
+number of processes.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Order(Protocol):
         """Read the sequences at the given positions (at least 0), as arrays [n, T]."""
 
     def passes(self, position: int) -> dict[str, int]:
-        """Return the number of complete passes over each source before `position`, by its name.
+        """Return the number of complete passes over each source before `position`.
 
-        The name of a single source is "".
+        The keys are the names of the sources. The name of a single source is "".
         """
 
 
 class Shuffled:
-    """An endless order that repeats one dataset and shuffles it anew in each epoch.
+    """The order of a run on one dataset, which is repeated endlessly and shuffled in each epoch.
 
     Args:
         shuffle: False keeps the order of the dataset.

@@ -27,7 +27,7 @@ class _Halves(NamedTuple):
         starts: Stream position of the first token.
         lengths: Number of tokens.
         skipped: 1 if the first token is only an input and not a label, otherwise 0.
-        answers: Index of the first token of the answer among the labels.
+        answers: Position of the answer's first token in the labels.
     """
 
     starts: Int64[np.ndarray, "n 2"]
@@ -116,10 +116,10 @@ class PairDataset(PackedSequences):
         return Pieces(row, self._halves.starts[which].reshape(-1), lengths.reshape(-1))
 
     def rows(self, indices: Sequence[int] | Integer[np.ndarray, " n"]) -> Sequences:
-        """Read the pairs with the given `indices`, each in range(len): arrays [n, 2 * block_size].
+        """Read the pairs with the given `indices` (at least 0), as arrays [n, 2 * block_size].
 
-        Once `reference` is computed, the log-probabilities of the chosen and of the rejected
-        answers are included, each [n].
+        Once `reference` is computed, there are two more arrays [n]: the log-probabilities of the
+        chosen answers and of the rejected answers.
         """
         which = np.asarray(indices, np.int64)
         starts, skipped, answers = (

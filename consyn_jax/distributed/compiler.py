@@ -55,8 +55,8 @@ SETTINGS = (
     Setting(
         "xla_cpu_experimental_ynn_fusion_type",
         "",
-        "Use Eigen for matmuls: those of a block take three quarters of the time that YNNPACK "
-        "takes (docs/design/cpu.md).",
+        "Use Eigen for matmuls. With YNNPACK, the matmuls of a block take a third more time "
+        "(docs/design/cpu.md).",
         (CPU,),
     ),
 )

@@ -61,7 +61,7 @@ class DriverState:
 
     @property
     def count(self) -> int:
-        """Number of GPUs that a process may use: those that NVML reports, or else device files."""
+        """Number of GPUs that NVML reports; if it reports none, the number of device files."""
         return len(self.gpus) or self.devices
 
 

@@ -93,9 +93,9 @@ class HarnessModel:
         return self._own.eos_token_id if bos is None else bos
 
     def _encode(self, text: str, begins: bool = True) -> list[int]:
-        """Encode a text, in which special tokens are recognised, and put the first token before it.
+        """Encode a text, in which special tokens are recognised.
 
-        The first token is BOS, if the tokenizer begins texts with it; `begins` = False omits it.
+        With `begins`, BOS is put in front if the tokenizer begins texts with BOS.
         """
         ids: list[int] = self._tokens.encode(text, add_special_tokens=False).ids if text else []
         first = self._own.first_id
@@ -263,7 +263,10 @@ def rolling_windows(ids: list[int], prefix: int, context: int) -> Iterator[Wante
 
 
 def generation_settings(given: dict[str, Any]) -> tuple[Sampling, int, list[str]]:
-    """Read sampling, maximum of new tokens and stop strings from a task's `generation_kwargs`.
+    """Read the sampling options, the maximum number of new tokens, and the stop strings.
+
+    Args:
+        given: The `generation_kwargs` of a task.
 
     Raises:
         UserError: A setting is not supported.

@@ -29,7 +29,7 @@ NO_WINDOW = 2**30  # tokens; a window that no sequence fills
 
 
 class Documents(NamedTuple):
-    """For each token, the positions in its row of the first and the last token of its document."""
+    """For each token, the first and the last position of its document, within the row."""
 
     first_BT: Int[Array, "B T"]
     last_BT: Int[Array, "B T"]
@@ -316,7 +316,7 @@ class Backend:
             by default its output. Rematerialisation policies that do not recompute attention save
             the arrays with these names.
         norms: Returns the norms that blocks use with this backend, given the width of a head.
-        writers: Returns the writers of 8-bit operands that blocks use with this backend, in fp8.
+        writers: Returns the functions that write 8-bit operands in blocks, for runs in fp8.
         drops_weights: Whether `attend` supports dropout of the attention weights, by `drop`.
     """
 

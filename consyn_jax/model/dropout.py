@@ -26,11 +26,11 @@ class Dropout(NamedTuple):
     rate: float
 
     def at(self, number: int | Int[Array, ""]) -> Dropout:
-        """Derive a dropout with other draws, by folding `number` into the random key.
+        """Derive a dropout with another random key, by folding `number` into this key.
 
-        Two calls derive the dropout of a site in a layer. The first call takes the dropout of the
-        micro-batch and the number of the layer. The second call takes the result and the constant
-        of the site, such as `MLP_BRANCH`.
+        The dropout of a site in a layer takes two calls. The first call folds the number of the
+        layer into the key of the micro-batch. The second call folds in the constant of the site,
+        such as `MLP_BRANCH`.
         """
         return Dropout(jax.random.fold_in(self.key, number), self.rate)
 

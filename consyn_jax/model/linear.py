@@ -20,7 +20,7 @@ def linear(
     compute that gradient transposed, which takes XLA on CPUs three times as long.
 
     Args:
-        w: [D, F], where D or F may stand for several dimensions, as for heads.
+        w: [D, F], where D or F may stand for several dimensions, such as heads and their width.
         recast: Whether the backward pass casts the float32 `w` again. Otherwise the forward pass
             saves a 16-bit copy, which takes half the weights' memory. Set it to False under
             rematerialisation: the repeated forward pass casts `w` already, and another cast would
@@ -105,11 +105,11 @@ def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, 
 
 
 class MlpWeights(NamedTuple):
-    """The parameters of a block's MLP with its norm, but for the bias of the output.
+    """The parameters of a block's MLP and of the norm before it, without the output bias.
 
     Attributes:
         norm: Scale of the norm.
-        gate_bias: Bias, or None if the model has none; as `up_bias`.
+        gate_bias, up_bias: Biases; None if the model has none.
     """
 
     norm: Any

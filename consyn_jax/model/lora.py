@@ -201,8 +201,7 @@ def _placed(like: Any, axes: Axes, mesh: Mesh, inputs: int) -> Any:
         return Int8Matrix(_on(mesh, like.values, axes), _on(mesh, like.scale, of_scale))
     if isinstance(like, Nf4Matrix):
         outputs = axes[1 + inputs :]
-        # Only the first input axis is sharded. In codes and scales, the axis of blocks takes its
-        # place.
+        # Only the first input axis is sharded. Codes and scales have the axis of blocks instead.
         codes = _on(mesh, like.codes, (axes[0], axes[1], None, *outputs))
         largest = _on(mesh, like.largest, (axes[0], axes[1], *outputs))
         return Nf4Matrix(codes, largest, like.inputs)

@@ -1,9 +1,9 @@
 """Simulate a compiled step's schedule, to find how much of its collectives overlaps with matmuls.
 
-An asynchronous collective starts when the network has finished earlier collectives. Its `-done`
-instruction waits for its end; other instructions run in between. Besides collectives, only matmuls
-take time here, at the best measured rate. In reality attention and other kernels overlap too, so
-the hidden share is a lower bound.
+An asynchronous collective starts when the network has finished earlier collectives. The `-done`
+instruction waits until the collective has ended; other instructions run in between. Besides
+collectives, only matmuls take time in this simulation, at the best measured rate. On a device,
+attention and other kernels also overlap with collectives, so the hidden share is a lower bound.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Schedule:
 
     @property
     def hidden_share(self) -> float:
-        """The share of the collectives' time that overlaps with matmuls; 1 if there are none."""
+        """The share of the collectives' time that overlaps with matmuls; 1 without collectives."""
         return 1 - self.waits / self.collectives if self.collectives else 1.0
 
 
@@ -35,7 +35,7 @@ def play(program: str, sizes: Mapping[str, int], topology: GpuTopology) -> Sched
     """Simulate a compiled program, given as text.
 
     Args:
-        sizes: sizes of the mesh's axes, in the order in which the program numbers the devices.
+        sizes: size of each mesh axis. The program numbers the devices along the last axis first.
     """
     bodies, entry = computations(program)
     return _Player(bodies, sizes, topology).run(entry)
@@ -76,7 +76,7 @@ class _Player:
         return Schedule(matmuls, collectives, max(now, free) - matmuls)
 
     def _collective_seconds(self, each: Instruction) -> float | None:
-        """Seconds of the collective that an instruction performs; None if it performs none."""
+        """Seconds of the collective that an instruction starts; None for other instructions."""
         communicated = collectives_of(each, self.sizes)
         if not communicated:
             return None

@@ -24,8 +24,8 @@ class Workload:
         host_moments: whether moments are in host memory and copied to the GPU and back each step.
         fp8: whether the matmuls of the blocks are in 8 bits.
         this_package: whether this package runs the step; False for another training program. The
-            attention kernel of this package masks attention between documents. A document is
-            assumed to fill its sequence.
+            attention kernel of this package is slower, because it masks attention between
+            documents. Documents are assumed to be as long as a sequence.
         gpu_bytes: memory of the GPU if it is in the hardware table, otherwise 0.
     """
 

@@ -43,7 +43,7 @@ class BucketUrl:
         return f"{self.scheme}://{self.bucket}{f'/{self.key}' if self.key else ''}"
 
     def holds(self, other: BucketUrl) -> bool:
-        """Whether the other URL is the same as this one or below it.
+        """Whether `other` is this URL, or is below this URL.
 
         >>> parse("s3://bucket/run").holds(parse("s3://bucket/run/final"))
         True

@@ -1,8 +1,8 @@
 """Questions whose answer the model generates, and the rules that judge the generated text.
 
-`exact_match` compares whole texts. The two rules for numbers come from lm_eval's `gsm8k`
-(0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml), regular expressions included: `number_strict` is gsm8k's
-filter strict-match, `number_flexible` its flexible-extract.
+`exact_match` compares whole texts. The two rules for numbers, with their regular expressions, come
+from lm_eval's `gsm8k` (0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml). `number_strict` is gsm8k's filter
+strict-match, and `number_flexible` is its filter flexible-extract.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def begins_documents(content: Mapping[str, Any], roles: Roles, add_bos: bool | N
     """Whether to put BOS before documents.
 
     True if the tokenizer itself puts BOS before texts. Also true if BOS is the same token as EOS:
-    in the pretraining data of such models, as of GPT-2, every document follows an EOS.
+    in the pretraining data of such models (GPT-2, for example), every document follows an EOS.
 
     Args:
         add_bos: `add_bos_token` of tokenizer_config.json, which overrides the post-processor; None

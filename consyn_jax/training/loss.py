@@ -31,7 +31,7 @@ class LossSums(NamedTuple):
 
     @property
     def terms(self) -> Any:
-        """Number of terms in the sum of the loss: the tokens."""
+        """Number of terms in the summed loss: one per token."""
         return self.tokens
 
     def means(self, terms: Any) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def on_mesh(
     chunks: Chunks,
     with_gradients: bool,
 ) -> Any:
-    """Compute the objective, its sums, and the gradients of `x` and `head`, on the current mesh.
+    """Compute the objective, the `LossSums`, and the gradients of `x` and `head` on the mesh.
 
     Args:
         mask: Boolean mask of the targets, or a weight per token.

@@ -125,7 +125,8 @@ def _range(item: str, flag: Flag, text: str) -> Dimension:
         )
     if scale and low <= 0:
         raise UserError(
-            f"--search {item} has no logarithm at {as_text(low)}. Begin above 0, or leave :log out."
+            f"--search {item} begins at {as_text(low)}, which has no logarithm. Begin above 0, or "
+            "leave :log out."
         )
     return Dimension(flag.name, low, high, bool(scale))
 

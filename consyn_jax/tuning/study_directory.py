@@ -20,8 +20,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Check that a directory is free for a study, or already has one.
 
     Raises:
-        UserError: the directory has a run, or cannot be created. With `overwrite`, also if another
-            process uses the directory.
+        UserError: the directory has a run, or cannot be created; or `overwrite` is True, and
+            another process uses the directory.
     """
     check_writable(output)
     if (output / CONFIG).exists() or (output / FILE_NAME).exists():

@@ -21,7 +21,7 @@ class TrialTrainer(ConsynTrainer):
     Args:
         shared: compiled programs of the study so far; this trial adds its programs.
         header: rows of name and value, printed before the trial begins.
-        signals: signals recorded by the process; None: the trial records signals itself.
+        signals: record of the signals of this process; if None, the trial records signals itself.
         inputs: keyword arguments of `ConsynTrainer`.
     """
 

@@ -591,7 +591,7 @@ def test_links_out_of_a_directory_are_left_out_and_those_of_the_hubs_cache_are_n
     (corpus / "c.txt").symlink_to("a.txt")
     prepared = run(tmp_path, corpus)
     assert texts(prepared) == ["text"]  # c.txt is the same document
-    reason = f"is a link to {outside}, outside the directory; give that path to use it"
+    reason = f"is a link to {outside}, outside the directory; give the link's target to use it"
     assert list(prepared.left_out) == [(str(corpus / "b.txt"), reason)]
     assert texts(run(tmp_path, corpus / "b.txt")) == ["theirs"]
 

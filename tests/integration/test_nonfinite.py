@@ -178,7 +178,7 @@ def test_data_that_no_finite_loss_comes_from(
     assert {line["action"] for line in left_out} == {"skip"}
     assert left_out[0]["step"] == record["step"]
     assert (
-        f"Step {record['step']}: loss nan, gradient norm nan; its update is skipped (1 in a row; the run ends at 3)."
+        f"Step {record['step']}: loss nan, gradient norm nan; the update is skipped. Skipped updates in a row: 1; at 3, the run ends."
         in whole.said
     )
     lines = {line["step"]: line for line in whole.lines if "train/learning_rate" in line}

@@ -82,7 +82,7 @@ def test_100_steps_raise_the_margin_of_held_out_pairs(
         (("--z_loss", "1e-4"), "--z_loss 0.0001 cannot be used with --objective dpo"),
         (("--row_format", "messages"), "--objective dpo needs rows with a chosen and"),
         (("--metric_for_best_model", "eval/perplexity"), "Known: eval/loss, eval/rewards/margins"),
-        (("--objective", "next_token"), "which --objective dpo trains on"),
+        (("--objective", "next_token"), "which needs --objective dpo"),
         (("--objective", "next_token", "--dpo_beta", "0.2"), "--dpo_beta 0.2 has no effect"),
         (("--on_long_rows", "error", "--max_tokens", "8"), "A pair has a sequence of"),
     ],

@@ -38,7 +38,7 @@ def test_the_text_of_a_dimension_reads_back() -> None:
         ("--search lrr=1:2", "there is no flag --lrr; did you mean lr?"),
         ("--search lr=1e-2:1e-3", "empty range: 0.01 is not below 0.001"),
         ("--search lr=1e-3:1e-3", "empty range"),
-        ("--search weight_decay=0:1:log", "no logarithm at 0"),
+        ("--search weight_decay=0:1:log", "begins at 0, which has no logarithm"),
         ("--search lr=1:2:linear", "is no range"),
         ("--search lr=1:2:log:log", "is no range"),
         ("--search lr", "has no values"),

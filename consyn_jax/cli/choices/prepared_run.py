@@ -51,7 +51,7 @@ class PreparedRun:
 
     @property
     def settings(self) -> Settings:
-        """The configuration and its values' origins, including values chosen from the data."""
+        """The configuration, with values chosen from the data, and the origin of each value."""
         return self.data.settings
 
     def trainer_inputs(self, settings: Settings) -> dict[str, Any]:

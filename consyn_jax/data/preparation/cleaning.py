@@ -16,9 +16,9 @@ NORMALIZED, CONTROL_CHARACTERS = "normalized", "control_characters"
 # commands next to a line break, so no words are joined. U+0085 and U+001C to U+001F, which Python
 # also counts as line breaks, are in practice traces of a wrong encoding.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-# Characters outside the ranges in which no character combines, changes under NFC, or composes with
-# its predecessor (a test checks all of Unicode). A text within the ranges is NFC, and this search
-# is several times as fast as unicodedata.
+# Matches a character that NFC may change. Characters in the listed ranges do not combine, do not
+# change under NFC, and do not compose with their predecessor (a test checks all of Unicode). A text
+# without a match is NFC, and this search is several times as fast as unicodedata.
 _MAY_CHANGE = re.compile(
     "[^\x00-\u02ff\u0400-\u0482\u048a-\u052f\u1e00-\u1eff\u2010-\u205e\u20a0-\u20cf"
     "\u3001-\u3029\u309b-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff9d]"

@@ -139,7 +139,7 @@ class DocumentEncoder:
         self._signed = options.near_duplicates is not None
 
     def split(self, block: Block, document: Document, first_digest: bytes) -> str:
-        """The split of a document, from its row or file, or else drawn by a hash of its text.
+        """The split that a document's row or file names, or one drawn by a hash of the text.
 
         Args:
             first_digest: digest of the first part of the text, which determines the draw.
@@ -223,7 +223,12 @@ class _Pieces:
         self.chats: dict[int, EncodedChat] = {}
 
     def add(self, document: Document, begun: bool, ended: bool) -> None:
-        """Add a document; `begun` and `ended`: whether it includes its beginning and its end."""
+        """Add a document.
+
+        Args:
+            begun: whether the first segment is the document's beginning.
+            ended: whether the last segment is the document's end, so that EOS follows.
+        """
         self.first.append(len(self.texts))
         if document.chat is not None:
             self.chats[len(self.texts)] = document.chat

@@ -239,7 +239,7 @@ def _in_key(spec: Spec) -> Any:
 
 
 def contents_of(spec: Spec) -> list[list[Any]]:
-    """Return the `Reader.identity` of each source: a list that ends with the hashes of its files.
+    """Return the `Reader.identity` of each source, which ends with the hashes of its files.
 
     Raises:
         UserError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Make or finish one store: by one writer, or by many."""
+"""Make or finish one store, with one writer or with many."""
 
 from __future__ import annotations
 

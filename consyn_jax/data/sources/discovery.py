@@ -265,7 +265,7 @@ def _look_into_directory(
         elif file.is_file() and (target := leads_out(file, path)):
             kind, reason = (
                 "",
-                f"is a link to {target}, outside the directory; give that path to use it",
+                f"is a link to {target}, outside the directory; give the link's target to use it",
             )
         elif file.name.endswith(PARTIAL):
             kind, reason = "", "is an unfinished file; give its path to use it"

@@ -53,7 +53,7 @@ class JsonReader(Reader):
         return file.text_fault() or no_rows
 
     def identity(self, name: str, file_hash: Callable[[Path], str]) -> list[Any]:
-        """Return the kind, whether the file is read as an array, and the hashes of its bytes."""
+        """Return [kind, True if the file is read as one array, hashes of the file]."""
         kind, _, hashes = super().identity(name, file_hash)
         return [kind, is_array(Path(name)), hashes]
 

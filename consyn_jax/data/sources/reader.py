@@ -219,7 +219,7 @@ class Reader(ABC):
         return False
 
     def can_seek(self, name: str) -> bool:
-        """Whether reading from a position does not read all that precedes it.
+        """Whether reading can start at a position without reading everything before it.
 
         Raises:
             UserError: the source cannot be read.

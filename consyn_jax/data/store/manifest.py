@@ -11,8 +11,9 @@
                            the document needs no BOS in front of it
     SPLIT-00000.origins    only in stores that were prepared from sources; three little-endian
                            uint64 for each document. The first is the index of its source in
-                           sources.json. The others are the number of its row and 0; or, for text,
-                           the byte offsets of its begin and end in the decompressed source
+                           sources.json. For a row, the others are the row's number and 0. For text,
+                           they are the byte offsets in the decompressed source at which the
+                           document begins and ends
     sources.json           the sources, in order: name, kind, SHA-256 of each file
 
 In version 3, each document is a pair of answers to the same prompt: prompt and chosen answer, then
@@ -99,7 +100,7 @@ def is_store(directory: Path) -> bool:
 
 
 def has_manifest(directory: Path) -> bool:
-    """Whether the manifest in a directory begins like that of a token store.
+    """Whether the manifest in a directory begins like the manifest of a token store.
 
     A symbolic link out of the directory is not followed.
     """
@@ -133,8 +134,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Read and check the manifest of the token store in `directory`.
 
     Raises:
-        UserError: the directory is not a token store or has links out of it, or the manifest is
-            damaged or of an unknown version.
+        UserError: the directory is not a token store, or contains links to files outside it; or the
+            manifest is damaged, or has an unknown version.
     """
     refuse_strays(directory, READ)
     return checked_manifest(directory)
@@ -208,7 +209,7 @@ def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str,
 def _manifest_fault(manifest: dict[str, Any]) -> str:
     """Describe the first fault of a manifest; "" if there is none.
 
-    Later code relies on these checks, above all on those of file names.
+    Later code relies on these checks, above all on the checks of file names.
     """
     vocab_size, splits = manifest.get("vocab_size"), manifest.get("splits")
     if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 32:

@@ -130,7 +130,7 @@ class _RawFile:
             status = self.path.stat()
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be read: {error.strerror}. Check that it exists, its "
+                f"{self.path} cannot be read: {error.strerror}. Check the path, its "
                 "permissions and the disk."
             ) from error
         return status.st_size, status.st_mtime_ns
@@ -211,7 +211,10 @@ class RawShard(Tokens):
 
     @property
     def begins_document(self) -> bool:
-        """Whether the first token begins a document; otherwise it continues an earlier file."""
+        """Whether the first token begins a document.
+
+        Otherwise its document began in an earlier file.
+        """
         return self._follows is None or self._follows.ends_document
 
     @property

@@ -35,16 +35,19 @@ class TargetOptions:
 
     to: str = flag("hf", "format of the result", choices=FORMATS)
     output: str | None = flag(
-        None, "directory to write, or file with --to gguf; it must not exist yet"
+        None,
+        "path to write, which must not exist yet: a file for --to gguf, a directory for other "
+        "formats",
     )
     dtype: str | None = flag(
         None,
-        "number type of the written weights; q8_0 only with --to gguf (the model's)",
+        "number type of the written weights; q8_0 only with --to gguf (the model's type)",
         choices=NUMBER_TYPES,
     )
     shard_size: str = flag("5GB", "with --to hf: maximum size of a weights file, as in 500MB")
     context: int | None = flag(
-        None, "with --to gguf: context length to declare, in tokens (the model's own)"
+        None,
+        "with --to gguf: context length to declare, in tokens (the model's context length)",
     )
     license: str | None = flag(None, "license to name in the model card, such as apache-2.0 (none)")
     push_to_hub: str | None = flag(

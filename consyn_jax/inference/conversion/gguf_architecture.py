@@ -1,7 +1,7 @@
 """Describe a model to llama.cpp by GGUF keys and tensor names, or refuse it.
 
-Keys and transpositions follow `conversion/` of the llama.cpp in llama-cpp-python 0.3.36; the
-mathematics of each architecture follows its `src/models/`.
+Keys and transpositions follow llama.cpp's directory `conversion/`, as of llama-cpp-python 0.3.36.
+The mathematics of each architecture follows llama.cpp's `src/models/`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Architecture:
         name: Value of `general.architecture`.
         biases: Supported bias options, fields of `ModelConfig`.
         scalings: Supported scalings of the rotary embedding.
-        is_interleaved: Whether it rotates pairs (2i, 2i+1), so that rows of queries and keys must
-            be reordered.
+        is_interleaved: Whether the architecture rotates pairs (2i, 2i+1), so that rows of queries
+            and keys must be reordered.
         is_square: Whether num_heads x head_dim must equal hidden_dim.
     """
 
@@ -39,7 +39,7 @@ class Architecture:
     is_square: bool = False
 
 
-# Hugging Face layout -> llama.cpp architecture. None of them supports the layout's sliding windows.
+# Hugging Face layout -> llama.cpp architecture. No architecture supports sliding windows here.
 LLAMA = Architecture(
     "llama",
     ("qkv_bias", "output_bias", "mlp_bias"),
@@ -56,6 +56,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture("phi3", (), ("dynamic", "longrope"), is_square=True),
 }
 SMOLLM3_INTERVAL = 4  # llama.cpp skips rotation in every fourth layer; no GGUF key changes this
+TO_HF = "Convert the model to hf."
 
 
 def architecture_of(config: ModelConfig, context: int) -> Architecture:
@@ -76,8 +77,8 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     window = config.sliding_window
     if window is not None and window < context:
         reasons.append(
-            f"it has no sliding window for this layout, but the model's window is {window:,} "
-            f"tokens. Give --context {window}: up to this length, the results agree."
+            "llama.cpp has no sliding window for this layout, but the model's window is "
+            f"{window:,} tokens. Give --context {window}: up to this length, the results agree."
         )
     for name, what in (
         ("qkv_bias", "queries, keys and values"),
@@ -85,11 +86,11 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
         ("mlp_bias", "the MLP"),
     ):
         if getattr(config, name) and name not in own.biases:
-            reasons.append(f"it reads no biases of {what} for this layout. Convert it to hf.")
+            reasons.append(f"llama.cpp reads no biases of {what} for this layout. {TO_HF}")
     if own.is_square and config.num_heads * config.head_dim != config.hidden_dim:
         reasons.append(
-            f"its heads must together be as wide as the model, but {config.num_heads} heads x "
-            f"{config.head_dim} is not {config.hidden_dim}. Convert it to hf."
+            "for llama.cpp, all heads must together be as wide as the model, but "
+            f"{config.num_heads} heads x {config.head_dim} is not {config.hidden_dim}. {TO_HF}"
         )
     rotates = config.rotary_layers or (True,) * config.num_layers
     known = [
@@ -98,24 +99,23 @@ def _reasons(config: ModelConfig, context: int, family: str, own: Architecture) 
     ]
     if list(rotates) != known:
         reasons.append(
-            f"it leaves every {SMOLLM3_INTERVAL}th layer of a smollm3 unrotated, but this model "
-            "has other unrotated layers. Convert it to hf."
+            f"llama.cpp leaves every {SMOLLM3_INTERVAL}th layer of this layout unrotated, but this "
+            f"model has other unrotated layers. {TO_HF}"
         )
     scaling = config.rope_scaling
     if scaling is not None:
         if scaling.rope_type not in own.scalings:
-            reasons.append(
-                f"it has no {scaling.rope_type} scaling for this layout. Convert it to hf."
-            )
+            reasons.append(f"llama.cpp has no {scaling.rope_type} scaling for this layout. {TO_HF}")
         if scaling.rope_type == "dynamic" and context > config.context:
             reasons.append(
-                f"it has no dynamic scaling, which this model uses beyond {config.context:,} "
-                f"tokens. Give --context {config.context}: up to this length, the scaling "
-                "changes nothing."
+                "llama.cpp has no dynamic scaling, which this model uses beyond "
+                f"{config.context:,} tokens. Give --context {config.context}: up to this length, "
+                "the scaling changes nothing."
             )
         if not scaling.truncate:
             reasons.append(
-                "its YaRN scaling always truncates, but this model's does not. Convert it to hf."
+                "llama.cpp's YaRN scaling always truncates, but the YaRN scaling of this model "
+                f"does not. {TO_HF}"
             )
     return reasons
 

@@ -49,8 +49,8 @@ class SamplingOptions:
     max_tokens: int | None = flag(None, "maximum number of new tokens (256)")
     temperature: float | None = flag(
         None,
-        "sampling temperature; 0 always takes the likeliest token (0, or 1 with --top_k, "
-        "--top_p or --min_p)",
+        "sampling temperature; 0 always takes the likeliest token (1 with --top_k, --top_p or "
+        "--min_p, otherwise 0)",
     )
     top_k: int | None = flag(None, "sample from this many of the likeliest tokens")
     top_p: float | None = flag(

@@ -1,8 +1,8 @@
 """RMS norm of the residual stream for several matmuls, in Pallas for Triton.
 
-In the backward pass, XLA adds up the gradients from all matmuls in one pass over memory, computes
-the norm's gradient in a second, and adds the residual's gradient in a third. This kernel reads each
-of these gradients once, and writes the sum once. The norm is recomputed from its input.
+In the backward pass, XLA passes over memory three times: to add up the gradients from all matmuls,
+to compute the norm's gradient, and to add the residual's gradient. This kernel reads each of these
+gradients once, and writes the sum once. It recomputes the norm from the norm's input.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def branched_norm(
 
 
 def _splits_readers() -> bool:
-    """Whether the matmuls that read the norm are split over devices, which sum its gradients."""
+    """Whether the matmuls that read the norm are split over devices.
+
+    The gradients of the norm must then be summed over these devices.
+    """
     sizes = mesh_sizes()
     tokens = (sizes[axis] for axis in split_axes(sizes, "batch", "sequence"))
     return math.prod(sizes.values()) > math.prod(tokens)

@@ -180,8 +180,8 @@ _SCALAR = pl.BlockSpec((1,), lambda i, n, b: (0,))
 def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec, ...]:
     """Return block specs for arrays [B, T, N, H], [B, N, T], [B, T] and [B, S, K, H].
 
-    Program (i, n, b) gets block i of the T positions, query head n, and row b of the batch. Of the
-    last array, it gets all S positions of the key head that belongs to query head n.
+    Program (i, n, b) gets block i of the T positions, query head n, and row b of the batch. It gets
+    all S positions of the last array, for the key head that belongs to query head n.
     """
     return (
         pl.BlockSpec((None, tile.own, None, H), lambda i, n, b: (b, i, n, 0)),

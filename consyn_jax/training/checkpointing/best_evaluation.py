@@ -17,8 +17,9 @@ class Selection:
     Attributes:
         best_value, best_step: Value and step of the best evaluation; None before the first.
         stale: Number of evaluations since `reference` last changed.
-        reference: Value that an evaluation must improve by more than `min_delta` to count for early
-            stopping. A smaller improvement gives a new best model, but does not change `reference`.
+        reference: Value of the last evaluation that early stopping counted as an improvement. The
+            next improvement must be better than this by more than `min_delta`. A smaller difference
+            gives a new best model, but does not change `reference`.
     """
 
     best_value: float | None = None

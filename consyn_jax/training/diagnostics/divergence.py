@@ -26,8 +26,8 @@ def report_skipped_step(recorder: Recorder, values: dict[str, float], limit: int
     recorder.progress.left_out += 1
     recorder.event("nonfinite", {"action": "skip", **_details(values)})
     recorder.console.warn(
-        f"{_sentence(recorder, values)}; its update is skipped ({int(values['nonfinite'])} in a "
-        f"row; the run ends at {limit})."
+        f"{_sentence(recorder, values)}; the update is skipped. Skipped updates in a row: "
+        f"{int(values['nonfinite'])}; at {limit}, the run ends."
     )
 
 

@@ -64,8 +64,8 @@ def check_beginning(options: OptimizerOptions) -> None:
     """
     if options.decay_from is not None:
         raise UserError(
-            "--lr_find starts at the beginning of a run, but --decay_from in the middle of one. "
-            "Leave one of them out."
+            "--lr_find starts at the beginning of a run, but --decay_from starts in the middle. "
+            "Leave one of the two flags out."
         )
 
 
@@ -263,7 +263,7 @@ def _smooth(y: Float[np.ndarray, " steps"], width: float) -> Float[np.ndarray, "
 
 
 def _standard_error(y: Float[np.ndarray, " steps"], width: float) -> float:
-    """Estimate the standard error of a smoothed loss, without effects of trend and outliers."""
+    """Estimate the standard error of a smoothed loss, unaffected by its trend and by outliers."""
     jumps = np.diff(y)
     noise = 1.4826 * float(np.median(np.abs(jumps - np.median(jumps)))) / math.sqrt(2)
     return noise / math.sqrt(2 * math.sqrt(math.pi) * width)

@@ -17,7 +17,8 @@ STEP = "train step"
 # operation.
 SCOPES = ("attention", "mlp", "head", "norm", "embedding", "optimizer")
 COLLECTIVES, MATMULS, OTHER = "collectives", "matmuls", "other"
-# Parts of kernels whose operation the trace does not name, as in a command buffer (CUDA graph).
+# Pattern of a kernel's name -> part, for kernels whose operation is not in the trace. This happens
+# in command buffers (CUDA graphs).
 KERNELS = {
     "document_attention": "attention",
     "softmax_gradient": "head",
@@ -74,7 +75,7 @@ class Operation(NamedTuple):
 
     @property
     def part(self) -> str:
-        """The part of the model or step: one of `SCOPES`, collectives, or other."""
+        """The part of the model or step: one of `SCOPES`, `COLLECTIVES`, `MATMULS`, `OTHER`."""
         if self.path == COLLECTIVES or _COLLECTIVE.search(f"{self.name} {self.kernel}"):
             return COLLECTIVES
         if found := _SCOPE.findall(self.path):
@@ -204,7 +205,7 @@ def _hidden_share(operations: Sequence[Operation]) -> float | None:
 
 
 def _largest(operations: Iterable[Operation]) -> tuple[tuple[str, str, float, int], ...]:
-    """The operations with the longest total time, as `Summary.largest`."""
+    """The operations with the longest total time, in the form of `Summary.largest`."""
     found = defaultdict[tuple[str, str], list[float]](list)
     for operation in operations:
         found[operation.title, operation.part].append(operation.own)
@@ -298,7 +299,7 @@ def _cpu_lines(planes: Sequence[Any]) -> tuple[str, list[list[Event]]]:
 
 
 def _in_line(events: Iterable[Event], scopes: Mapping[str, str]) -> list[Operation]:
-    """Return the operations of one thread or stream; `own` excludes the time of nested ones."""
+    """Return the operations of one thread or stream; `own` excludes nested operations."""
     found: list[Operation] = []
     around: list[int] = []  # indices in `found` of operations that may enclose the next one
     for event, stats in sorted(events, key=lambda each: (each[0].start_ns, -each[0].duration_ns)):
@@ -311,7 +312,7 @@ def _in_line(events: Iterable[Event], scopes: Mapping[str, str]) -> list[Operati
         while around and found[around[-1]].end <= begin:
             around.pop()
         if around:
-            outer = found[around[-1]]  # or a kernel that overlaps with the start of this one
+            outer = found[around[-1]]  # encloses this operation, or overlaps with its start
             shared = min(end, outer.end) - begin
             found[around[-1]] = outer._replace(own=max(0.0, outer.own - shared))
         around.append(len(found))

@@ -101,13 +101,13 @@ class ProcessUsage:
 
 @dataclass
 class Adviser:
-    """Chooses advice for a run, each piece once. Every checkpoint contains this state.
+    """Chooses advice for a run; gives each piece once. Every checkpoint contains this state.
 
     Attributes:
         given: names of the advice already given.
         first_loss, first_spread: mean and standard deviation of the first 20 losses; None before
             there are 20.
-        clipped_since: the step since which nearly all steps were clipped; None if they are not.
+        clipped_since: the step since which nearly all steps were clipped; None if few are.
         spikes: the steps at which recent loss spikes began.
         best, train_at_best: the lowest evaluation loss, and the training loss at that evaluation.
         worse: number of consecutive evaluations that show overfitting.
@@ -326,8 +326,8 @@ def _of_memory(usage: Usage, facts: RunSettings) -> Iterator[Advice]:
     ):
         yield Advice(
             "small batch",
-            f"The batch is small for this device: it computes at {usage.mfu:.0%} of its peak and "
-            f"uses {share:.0%} of its memory. Try --batch_size {facts.batch_size * 2}; with twice "
+            f"The batch is small: the device computes at {usage.mfu:.0%} of its peak rate and uses "
+            f"{share:.0%} of its memory. Try --batch_size {facts.batch_size * 2}; with twice "
             "the tokens in a step, the run needs fewer steps and perhaps a higher --lr.",
         )
 
@@ -367,7 +367,7 @@ def _of_lateness(usages: Sequence[ProcessUsage]) -> Iterator[Advice]:
         yield Advice(
             "imbalance between processes",
             f"Process {latest} ({usages[latest].host}) waits {shares[latest]:.0%} of its time for "
-            f"data, the others {usual:.0%}; all processes wait for this one in every step. Compare "
-            "the hosts with consyn-doctor --distributed, and put --data on an equally fast disk on "
-            "all of them.",
+            f"data, and the other processes wait {usual:.0%}; all processes wait for the slowest "
+            "in every step. Compare the hosts with consyn-doctor --distributed, and put --data on "
+            "an equally fast disk on all hosts.",
         )

@@ -42,7 +42,7 @@ def check_offload(optimizer: str, dtype: Any, platform: str) -> None:
         usable = [name for name, rule in OPTIMIZERS.items() if rule.layerwise]
         raise UserError(
             f"--optimizer_memory host is for {', '.join(usable)}, not for {optimizer}. Use one of "
-            "them, or --optimizer_memory device."
+            "these optimizers, or --optimizer_memory device."
         )
     if dtype == jnp.float16:
         raise UserError(
@@ -63,7 +63,7 @@ def in_host_memory(place: NamedSharding) -> NamedSharding:
 
 
 class _Part(NamedTuple):
-    """Parameters that are updated together.
+    """The parameters that one update changes: a layer, or all parameters outside the layers.
 
     Attributes:
         number: Index of the layer; None for all parameters outside the layers.
@@ -76,15 +76,15 @@ class _Part(NamedTuple):
         return REST if self.number is None else LAYERS
 
     def cut(self, kind: str, x: jax.Array) -> jax.Array:
-        """Return this part's slice of an array; an empty array if it has none."""
+        """Select the elements of `x` for this update: one layer, all, or none (an empty array)."""
         if kind not in (self.kind, SHARED):
             return jnp.zeros((0, *x.shape[1:]), x.dtype)
         return jax.lax.dynamic_slice_in_dim(x, self.number, 1) if kind == LAYERS else x
 
     def paste(self, kind: str, x: jax.Array, new: jax.Array) -> jax.Array:
-        """Return `x` with its slice for this part replaced by `new`.
+        """Return `x` with the updated elements replaced by `new`.
 
-        An array of kind `SHARED`, such as a step counter, changes only in the part with the
+        An array of kind `SHARED`, such as a step counter, changes only in the update of the
         parameters outside the layers.
         """
         if (kind == LAYERS) != (self.kind == LAYERS):
@@ -97,11 +97,11 @@ class _Part(NamedTuple):
 def layerwise_update(rule: optax.GradientTransformation, layout: Layout) -> Update:
     """Make an update that applies `rule` to one layer at a time, then to the other parameters.
 
-    The moments of `rule` are in host memory. The device holds those of one layer at a time, or
-    those of all parameters outside the layers. In each call, the rule gets a tree with the
-    structure of the whole model, where arrays that are not updated have size 0. So its update of a
-    layer must not depend on other layers. If a step does not change the state, nothing is copied
-    between host and device.
+    The moments of `rule` are in host memory. The device holds the moments of one layer at a time,
+    or of all parameters outside the layers. In each call, the rule gets a tree with the structure
+    of the whole model, where arrays that are not updated have size 0. So the update of a layer must
+    not depend on other layers. If a step does not change the state, nothing is copied between host
+    and device.
     """
     rule = optax.with_extra_args_support(rule)
     kinds = map_axes(lambda axes: LAYERS if LAYERS in axes else REST, layout.logical_axes)

@@ -95,9 +95,9 @@ def _initial_weights(run: RunConfig, derived: dict[str, Any]) -> dict[str, Any]:
 def _history(
     path: Path, run: RunConfig, derived: dict[str, Any], step: int
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Return the record of the initial weights, and the starts that led to the state at `step`.
+    """Return the records of the initial weights and of each start or resumption before `step`.
 
-    A resumed run copies the record of its first start, because the weights' files may have moved.
+    A resumed run copies the record of the weights, because the files of the weights may have moved.
     """
     branches = run.optimizer.decay_from == step
     place = (Path(run.saving.output) if branches else path) / CHECKPOINTS / str(step)

@@ -49,7 +49,7 @@ def record_evaluation(
     if progress.plateau.update(value) != before:
         recorder.console.note(
             f"Plateau at step {progress.step:,}: from now on, the learning rate is "
-            f"{progress.plateau.scale:g} times that of the schedule."
+            f"{progress.plateau.scale:g} times the schedule's rate."
         )
     return line
 

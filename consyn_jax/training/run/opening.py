@@ -1,4 +1,4 @@
-"""Check that the run directory may be used: before the data is read, and again under the lock."""
+"""Check the run directory before the data is read, and check it again under the lock."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     if saving.resume == "never":
         raise UserError(
             f"--output {path} already holds a run. Name another directory, continue the run with "
-            "--resume auto, or delete it with --overwrite."
+            "--resume auto, or delete the run with --overwrite."
         )
     if changes := differences(old, config, derived):
         raise UserError(
@@ -203,8 +203,8 @@ def _check_name(path: Path) -> None:
 def _check_decay_origin(config: RunConfig, derived: dict[str, Any] | None) -> None:
     """Check that the run in --output can be decayed from the step in --decay_from.
 
-    The flags must be those of that run. The run must have a checkpoint of the step, and its
-    learning rate must be at the peak there.
+    That run must have the same flags as this run, a checkpoint at the step, and its peak learning
+    rate at the step.
     """
     path, step = Path(config.saving.output), config.optimizer.decay_from
     assert step is not None

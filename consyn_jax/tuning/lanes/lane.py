@@ -1,12 +1,12 @@
-"""Lanes: trials that train side by side, with programs that run for all of them at once.
+"""Lanes: threads that train trials side by side, with programs that run for all lanes at once.
 
-A lane is a thread that works on one trial after the other, with the training loop of
+A lane is a thread that works on one trial after another, with the training loop of
 `consyn-train`. Lanes take turns: only one lane runs at a time, until it calls a shared program.
 When all lanes have called the program, it runs once, with the states and batches of all lanes, and
 the turns begin again. Evaluations, log, checkpoints, pruning and resuming therefore work as in a
 single trial. Code in a lane need not be thread-safe, and trials end in a deterministic order.
 
-The program stacks the states of all lanes; outside the program, each lane has its own state. This
+A shared program stacks the states of all lanes; outside it, each lane has its own state. This
 costs a copy of all states in each step. In return, a lane can start a new trial by passing another
 state, lanes may be at different steps, and checkpoints and evaluations use a lane's state directly.
 """
@@ -26,7 +26,8 @@ class LanesProgram(Protocol):
     """A program that runs for all lanes at once.
 
     Attributes:
-        waits: whether called programs whose `waits` is False run before this program.
+        waits: whether this program runs only when no lane has called a program whose `waits` is
+            False.
     """
 
     waits: bool

@@ -69,7 +69,7 @@ class LanesStep:
     waits = True
 
     def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Take an optimizer step in each of these lanes."""
+        """Take an optimizer step in each lane of `calls`."""
         batch = next(iter(calls.values()))[1]
         ended = [i for i in range(self.lanes) if i not in calls]
         states = {i: self.spare.get(i) or _zeros(self.state_like) for i in ended}
@@ -91,7 +91,7 @@ class LanesEvaluation:
     waits = False
 
     def __call__(self, calls: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Evaluate a batch in each of these lanes."""
+        """Evaluate a batch for each lane of `calls`."""
         any_call = next(iter(calls.values()))
         arguments = [calls.get(i, any_call) for i in range(self.lanes)]
         sums = self.compiled(*(tuple(each) for each in zip(*arguments, strict=True)))
@@ -100,7 +100,7 @@ class LanesEvaluation:
 
 @dataclass(frozen=True)
 class LaneCall:
-    """A lane's part in a program that runs for all lanes at once."""
+    """A program that runs for all lanes at once, as one lane calls it."""
 
     lane: Lane
     program: LanesStep | LanesEvaluation
@@ -229,9 +229,9 @@ def _zeros(like: Any) -> Any:
 def step_seconds(trainer: TrialTrainer, most: int) -> dict[int, float]:
     """Measure the seconds per step, by number of lanes.
 
-    The number of lanes is doubled, from 1, as long as this fits in memory and raises the total
-    steps per second by the factor `GROWTH`. The result includes the last number of lanes even if
-    its gain was smaller.
+    The number of lanes is doubled, from 1, as long as the lanes fit in memory and doubling raises
+    the total steps per second by the factor `GROWTH`. The result includes the last number of lanes
+    even if the gain was smaller.
 
     Args:
         trainer: the trainer of any trial.

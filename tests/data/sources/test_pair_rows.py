@@ -117,6 +117,6 @@ def test_broken_rows(row: dict, fault: str) -> None:
 
 
 def test_without_the_objective_a_pair_is_refused_with_what_trains_on_it() -> None:
-    with pytest.raises(BadRow, match="which --objective dpo trains on") as caught:
+    with pytest.raises(BadRow, match="which needs --objective dpo") as caught:
         read_row({"prompt": "a", "chosen": "b", "rejected": "c"}, RowKeys())
     assert "--prompt_key prompt --completion_key chosen" in caught.value.remedy

@@ -1,4 +1,4 @@
-"""Start what runs the tasks of many writers, and have it hash the sources first."""
+"""Start the engine that runs the tasks of many writers, and hash the sources with it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.segments.many_writers import Tasks, TasksHere
 from consyn_jax.data.store.file_hashes import FileHashes
 
-HASHED_HERE = 4 << 30  # bytes that this process hashes alone, in some seconds
+HASHED_HERE = 4 << 30  # bytes that this process hashes alone, within seconds
 
 
 def start_tasks(spec: Spec) -> Tasks:
-    """Start what runs the tasks of `--engine`.
+    """Start the engine that `--engine` names, which runs tasks.
 
     Raises:
         UserError: the cluster cannot be reached.
@@ -23,7 +23,10 @@ def start_tasks(spec: Spec) -> Tasks:
 
 
 def learn_hashes(spec: Spec) -> None:
-    """Have tasks hash the files that are not known yet, if that would take long here.
+    """Hash the sources in parallel tasks, and store the hashes for later use.
+
+    Files whose hash is stored already are skipped. If the other files have fewer than
+    `HASHED_HERE` bytes, nothing is done, because this process can hash them in seconds.
 
     Raises:
         UserError: a file cannot be read.

@@ -1,13 +1,14 @@
-"""Documents grouped by ranges of their digests and of the keys of their bands.
+"""Group documents into partitions: ranges of their digests, or of the keys of their bands.
 
-A segment has, and so have the long documents, which are known only when all segments are:
+Each segment has the following arrays. So do the long documents, once all segments are known:
 
     exact_ids      documents that are compared as exact duplicates, grouped by partition
-    exact_digests  their digests
-    exact_bounds   where each partition begins in both
-    key_ids, keys, key_bounds    the same for the keys of bands of near duplicates
+    exact_digests  digests of these documents, in the same order
+    exact_bounds   where each partition begins in `exact_ids` and `exact_digests`
+    key_ids, keys, key_bounds    the same three arrays for the band keys of near duplicates
 
-So the task of a partition reads one range of each file, and equal digests or keys meet in one task.
+The task of a partition reads one range of each array. Documents with equal digests or keys are in
+the same partition.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def compared(
     signatures: UInt32[np.ndarray, "n 128"] | None,
     may_repeat: Bool[np.ndarray, " n"],
 ) -> dict[str, np.ndarray]:
-    """The arrays of the documents `ids`.
+    """Build the arrays for the documents `ids`.
 
     Args:
-        signatures: None if near duplicates stay.
+        signatures: None if near duplicates are kept.
         may_repeat: True for documents that are kept even if they equal an earlier one.
     """
     arrays: dict[str, np.ndarray] = {}
@@ -52,7 +53,10 @@ def compared(
 def _grouped(
     values: UInt64[np.ndarray, " n"], partitions: int
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " bounds"]]:
-    """Order values by partition, and within it as they are; also return where partitions begin."""
+    """Return the order that groups values by partition, and where each partition begins.
+
+    Values of the same partition stay in their given order.
+    """
     high = values >> np.uint64(32)
     numbers = ((high * np.uint64(partitions)) >> np.uint64(32)).astype(np.uint16)
     order = np.argsort(numbers, kind="stable")
@@ -60,11 +64,11 @@ def _grouped(
 
 
 def of_partition(job: Job, names: tuple[str, ...], bounds: str, number: int) -> list[np.ndarray]:
-    """The parts of arrays of all segments and of long documents that belong to a partition.
+    """Read a partition: its range of each array, from all segments and from the long documents.
 
     Args:
         names: names of the arrays.
-        bounds: name of the array with the bounds of partitions.
+        bounds: name of the array that says where partitions begin.
     """
     found: list[list[np.ndarray]] = [[] for _ in names]
     places = [("segments", segment) for segment in range(job.num_segments)]

@@ -303,7 +303,7 @@ class Worker:
 
     def _rows(self, block: Block, result: Result) -> Iterator[_Found]:
         keys = RowKeys() if block.name == SAMPLE else self._keys
-        is_first = block.first <= 2  # where names of columns are line 1, rows begin at 2
+        is_first = block.first <= 2  # if line 1 has column names, rows begin at 2
         num_read = 0
         for at, line in enumerate(block.data.split(b"\n")):
             if not line or line.isspace():
@@ -375,7 +375,7 @@ def learn_tokenizer(spec: Spec, single: bool) -> BPETokenizer:
     """Train the tokenizer of `--tokenizer train:SIZE` on the train split of the data."""
     assert isinstance(spec.tokenizer, str)
     size = int(spec.tokenizer.removeprefix("train:"))
-    plain = BPETokenizer.bytes()  # long documents may be cut anywhere for this
+    plain = BPETokenizer.bytes()  # allows long documents to be cut anywhere
     worker = Worker(spec.options, plain, spec.test_fraction, single)
     before = np.cumsum([0, *(source.num_bytes for source in spec.sources)]).tolist()
     total = before[-1]

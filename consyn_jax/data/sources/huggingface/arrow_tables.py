@@ -1,8 +1,8 @@
 """Read Parquet and Arrow files as tables, starting at any row, and convert tables to Python rows.
 
 Files are read by Parquet row group or Arrow record batch, one at a time. Row groups and record
-batches before the start row are skipped. The one with the start row is read, and its earlier rows
-are dropped. Only columns of type JSON are decoded.
+batches before the start row are skipped. The group or batch with the start row is read, and rows
+before the start row are dropped. Only columns of type JSON are decoded.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Part(NamedTuple):
     """Consecutive rows of a file or of a Hub dataset.
 
     Attributes:
-        table: the needed columns. If the file has none of them: all of the file's columns, with
-            nulls instead of their values.
+        table: the needed columns. If the file has no needed column, the table has all columns of
+            the file, with nulls instead of values.
         names: names of all columns of the file.
         bytes_done: bytes of the file read up to the end of this part; 0 while streaming.
         place: the file or dataset, for messages.
@@ -130,7 +130,7 @@ def _arrow(path: Path, start: int, columns: Sequence[str]) -> Iterator[_Read]:
 
 
 def _record_batches(path: Path) -> Iterator[tuple[Any, int]]:
-    """Yield (record batch, bytes up to its end) of an Arrow file.
+    """Yield (record batch, bytes of the file up to the end of this batch) of an Arrow file.
 
     The file has the IPC file format, or the IPC stream format that `datasets` writes.
     """

@@ -13,8 +13,8 @@ def check_preference(row: dict) -> None:
     """
     if "chosen" in row and "rejected" in row:
         raise BadRow(
-            "is a preference pair (chosen, rejected), which --objective dpo trains on "
-            "(consyn-prepare: --row_format preference).",
+            "is a preference pair (chosen, rejected), which needs --objective dpo (consyn-train) "
+            "or --row_format preference (consyn-prepare).",
             f"To train on the chosen answers alone, give {_chosen(row)}.",
         )
     if {"prompt", "completion", "label"} <= row.keys() and isinstance(row["label"], bool):

@@ -90,10 +90,13 @@ def _from_zero(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def activity_chart(history: History, now: Mapping[str, float]) -> list[RunChart]:
-    """Make the chart of the share of time spent on each activity; none before the first records.
+    """Make the chart of the share of time spent on each activity.
 
     Args:
         now: seconds of each activity until now, by key in `metrics.jsonl`.
+
+    Returns:
+        A list with the chart; an empty list before the first records.
     """
     last = history.last
     place = Point(last["step"], last["tokens"], 0.0, float(last["time_s"]))
