@@ -47,10 +47,10 @@ def largest_in(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 def scale_for(largest: Float[Array, ""], dtype: Any) -> Scale:
-    """The smallest power of two by which to divide `largest`, so that it is in range of `dtype`.
+    """The smallest power of two s for which `largest / s` fits the range of `dtype`.
 
-    Division by a power of two does not round, so quantising an array twice, or from another dtype,
-    gives the same values. The scale is NaN if `largest` is not finite, because some devices would
+    Division by a power of two does not round, so quantising a quantised array again changes no
+    value. The scale is NaN if `largest` is not finite, because some devices would
     round infinity to the largest finite number.
     """
     exponent = _exponent(largest, float(jnp.finfo(dtype).max))
@@ -93,9 +93,9 @@ def next_scales(
 def narrowed(x: Float[Array, "*shape"], inverse: Scale, dtype: Any) -> Float[Array, "*shape"]:
     """Multiply `x` by the inverse of a scale and round to nearest in `dtype`.
 
-    Finite values outside the range become the largest number, also those whose product overflows.
-    Infinity, and any value with the scale NaN, becomes NaN: it must not look like a finite number,
-    or the check for non-finite steps would miss it.
+    Finite values outside the range become the largest finite number, even if their product
+    overflows. Infinity becomes NaN, as does every value if the scale is NaN, so that the check for
+    non-finite steps still finds it.
     """
     top = float(jnp.finfo(dtype).max)
     # Asked of `x` and the scale, because in Triton's minimum and maximum a number wins over NaN.
