@@ -145,8 +145,8 @@ class DataOptions(CorpusOptions):
     )
     max_tokens: int | None = flag(
         None,
-        "length of a training sequence, in tokens (from --model; with --checkpoint: long "
-        "enough for 99 % of the rows, but at most the model's context)",
+        "length of a training sequence, in tokens (default: set by --model; with --checkpoint, "
+        "enough for 99 % of the rows to train on, but at most the model's context)",
         math=True,
     )
 

@@ -231,7 +231,7 @@ _KEYWORDS = {
 ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(
         (f.name for f in dataclasses.fields(DataOptions) if f.name != "max_tokens"),
-        "pass it to get_dataset, and the resulting dataset as train_dataloader=",
+        "pass it to get_dataset; train_dataloader= takes the dataset that this returns",
     ),
     **dict.fromkeys(
         (f.name for f in dataclasses.fields(ModelOptions)),

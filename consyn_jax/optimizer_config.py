@@ -202,8 +202,8 @@ class OptimizerOptions:
     decay_shape: str = flag("sqrt", "shape of wsd's decay", choices=DECAY_SHAPES, math=True)
     decay_from: int | None = flag(
         None,
-        "start a new run in OUTPUT-decay-STEP, which decays the learning rate over --decay_ratio "
-        "of the steps; it begins at the checkpoint of this step in --output, a wsd or constant run",
+        "start a new run in OUTPUT-decay-STEP from checkpoint STEP of --output, which must be a "
+        "wsd or constant run; the rate decays over the last --decay_ratio of all steps",
         math=True,
     )
     plateau_factor: float = flag(

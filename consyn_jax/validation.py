@@ -295,7 +295,7 @@ def _check_streaming(config: RunConfig) -> None:
 
 
 def check_processes(hardware: HardwareOptions) -> None:
-    """Check the flags for several processes; raise UserError if one is wrong or has no effect."""
+    """Check the flags of runs with several processes; raise UserError if one is wrong or unused."""
     if hardware.watchdog_minutes < 0:
         raise UserError(
             f"--watchdog_minutes must not be negative, but is {hardware.watchdog_minutes}. "

@@ -66,15 +66,16 @@ HOST: Axes = ("host",)  # key for transfers to host memory, beside the mesh axes
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step on every GPU.
+    """Seconds that a GPU spends on one optimizer step; all GPUs take equally long.
 
     Attributes:
-        matmuls, attention, memory: matmuls, attention kernels and memory-bound kernels, each
-            multiplied by the factor of `stretch_of`.
+        matmuls: time of matmuls, multiplied by the factor of `stretch_of`, as the next two.
+        attention: time of attention kernels.
+        memory: time of memory-bound kernels.
         optimizer: the update, including the summing of gradients over micro-batches, and the
             transfer of moments to and from host memory.
-        network: seconds of collectives, by mesh axes, and of transfers of activations to host
-            memory. The part that overlaps with kernels is included.
+        network: time of the collectives over each tuple of mesh axes; under `HOST`, time of the
+            transfers of activations to host memory. Time that overlaps with kernels is included.
         exposed: the part of the network's time that adds to the step.
     """
 

@@ -109,7 +109,7 @@ def _fp8(device: str, platform: str, compute_capability: str) -> PrecisionChoice
             "--mixed_precision fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, "
             f"Hopper), but {device} {has}. Use --mixed_precision auto."
         )
-    reason = f"{matmuls} {device} multiplies 8-bit floats at twice the rate"
+    reason = f"{matmuls} {device} multiplies 8-bit floats twice as fast as bf16"
     return PrecisionChoice(jnp.bfloat16, reason, fp8=True)
 
 

@@ -80,7 +80,7 @@ def choose_model(options: ModelOptions) -> ModelChoice:
     if wrong:
         raise UserError(
             f"--checkpoint {options.checkpoint} has {'; '.join(wrong)}. Leave out --model and "
-            "the flags of these values, or leave out --checkpoint."
+            "the flags that set these values, or leave out --checkpoint."
         )
     return ModelChoice(base, stored, weights)
 

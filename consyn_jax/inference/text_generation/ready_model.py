@@ -36,7 +36,7 @@ class NumberType(NamedTuple):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes per weight of the blocks."""
+        """Bytes of each weight in the transformer blocks."""
         return 1 if self.int8 else jnp.dtype(self.dtype).itemsize
 
 

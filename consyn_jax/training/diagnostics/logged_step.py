@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Largest relative difference between logged and repeated values; 0 if none was logged."""
+        """Largest relative difference of a repeated from a logged value; 0 if none was logged."""
         logged = (self.logged or {}).items()
         return max((_apart(value, self.repeated[name]) for name, value in logged), default=0.0)
 

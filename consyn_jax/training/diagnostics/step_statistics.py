@@ -62,8 +62,8 @@ class StepStatistics(NamedTuple):
         sequences: Whether each sequence has a non-finite activation.
         gradients, weights: Trees of statistics with the structure of the parameters. For parameters
             stacked over layers, the statistics have shape [L].
-        devices: Whether all weights on each device of the mesh are finite. Replicas of a weight
-            should be equal, but a faulty device may differ.
+        devices: One value for each device of the mesh: whether all weights on it are finite. The
+            replicas of a weight should be equal, but those on a faulty device may differ.
     """
 
     loss: Float[Array, ""]

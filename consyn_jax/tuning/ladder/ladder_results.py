@@ -22,7 +22,7 @@ class LadderResults:
     Attributes:
         flops: training FLOPs per token of each size, by number of parameters.
         tokens_per_step: tokens per optimizer step, the same in all runs.
-        predicted: predictions for verse, stanza and epic, for each budget.
+        predicted: predictions for the presets verse, stanza and epic, for each budget.
         best: prediction for the best size, for each budget of FLOPs.
         left_out: losses of runs with few steps, which the fit does not use.
     """

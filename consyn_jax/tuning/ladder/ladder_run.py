@@ -200,7 +200,7 @@ class Ladder:
                 f"up to about {PASSES} passes, repeated data is nearly as good as new data."
                 if self.passes <= PASSES
                 else f"after about {PASSES} passes, repeated data is clearly worse than new "
-                "data, so predictions hold only for the same number of passes."
+                "data, so predictions hold only for runs with as many passes."
             )
             said.append(
                 f"The largest size reads the training data {self.passes:.1f} times; {worth}"

@@ -247,7 +247,7 @@ def _contents(path: Path, inode: int, changed_ns: int) -> dict[str, Any]:
 
 
 def document_ids(segment: int, rows: np.ndarray) -> np.ndarray:
-    """Ids of documents: the segment in the upper 32 bits, the row in the segment below them."""
+    """Ids of documents: the segment in the upper 32 bits, the row within it in the lower 32."""
     return (np.uint64(segment) << np.uint64(32)) | np.asarray(rows).astype(np.uint64)
 
 

@@ -213,8 +213,8 @@ def python_rows(table: Any) -> list[dict[str, Any]]:
 def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
     """Make a function that decodes JSON in values of an Arrow type; None if there is no JSON.
 
-    The function decodes as `datasets.Json` does. `datasets` gives this type to fields whose
-    structure differs between rows, such as the arguments of tool calls in `messages`.
+    `datasets` gives the type `Json` to fields whose structure differs between rows, such as the
+    arguments of tool calls in `messages`. The function decodes them as `datasets` does.
     """
     import pyarrow as pa
 
