@@ -60,6 +60,7 @@ def _fill(
     If the corpus is found to be a single row, the store stays unfinished. The caller then starts
     again and splits that row by position.
     """
+    destination.end_many_writers()
     with closing(Preparation(spec, destination.directory, state, resumed)) as preparation:
         preparation.run(publish)
         if preparation.is_one_row:

@@ -1,9 +1,12 @@
 """A job: the settings that all tasks of many writers share, and the files that they exchange.
 
-A task is a phase and a number. Its result is a directory ROOT/PHASE/NUMBER with `result.json` and
-arrays, which is renamed into place when it is complete. So a finished task is its own entry in the
-journal: it is not repeated, and two processes that run the same task do no harm, because both make
-the same bytes.
+A task is a phase and a number. Its result is a directory ROOT/GENERATION/PHASE/NUMBER with
+`result.json` and arrays, which is renamed into place when it is complete. So a finished task is its
+own entry in the journal: it is not repeated, and two processes that run the same task do no harm,
+because both make the same bytes.
+
+Each command has a generation of its own, and renames the results that it takes up. So a task of a
+command that was killed, which may run on for a while, has no place for its results any more.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.workers.messages import WorkerSettings
 from consyn_jax.data.sources.reader import Position
 from consyn_jax.data.sources.source import Source
-from consyn_jax.data.store.manifest import token_dtype
+from consyn_jax.data.store.manifest import PREPARING, SHARD_DRAFTS, token_dtype
 from consyn_jax.errors import UserError
 from consyn_jax.files import aside, flush, write_whole
 from consyn_jax.tokenization import BPETokenizer
@@ -54,6 +57,7 @@ class Job:
         segment_bytes: bytes of text after which a segment ends.
         partitions: number of ranges of digests, and of keys of bands.
         shard_tokens: number of tokens after which a shard ends.
+        generation: random name of the command, and of the directories of its results.
     """
 
     root: Path
@@ -65,6 +69,7 @@ class Job:
     segment_bytes: int
     partitions: int
     shard_tokens: int
+    generation: str
 
     def to_json(self) -> str:
         """The content of the file `JOB`."""
@@ -131,16 +136,26 @@ class Job:
         """The similarity from which near duplicates are left out; None if they stay."""
         return self.settings.options.near_duplicates
 
+    @property
+    def results(self) -> Path:
+        """The directory of the results of all tasks."""
+        return self.root / self.generation
+
+    @property
+    def shard_drafts(self) -> Path:
+        """The directory in the store for shards that are being written."""
+        return self.output / PREPARING / f"{SHARD_DRAFTS}{self.generation}"
+
     # --------------------------------------------------------------------------- segments
 
     def write_starts(self, starts: list[Start]) -> None:
         """Record where segments begin."""
-        write_whole(self.root / STARTS, json.dumps(starts))
+        write_whole(self.results / STARTS, json.dumps(starts))
 
     @cached_property
     def starts(self) -> list[Start]:
         """The beginnings of all segments."""
-        saved = json.loads((self.root / STARTS).read_bytes())
+        saved = json.loads((self.results / STARTS).read_bytes())
         return [(source, (position[0], position[1])) for source, position in saved]
 
     @property
@@ -152,11 +167,11 @@ class Job:
 
     def place(self, phase: str, number: int) -> Path:
         """The directory of a task's result."""
-        return self.root / phase / f"{number:07d}"
+        return self.results / phase / f"{number:07d}"
 
     def done(self, phase: str) -> set[int]:
         """Numbers of the finished tasks of a phase."""
-        place = self.root / phase
+        place = self.results / phase
         names = [path.name for path in place.iterdir()] if place.is_dir() else []
         return {int(name) for name in names if name.isdigit()}
 
@@ -178,8 +193,8 @@ class Job:
         """A directory for the files of a task, which gets its name at the end."""
         place = self.place(phase, number)
         if not place.parent.is_dir():
-            place.parent.mkdir(exist_ok=True)  # without parents: the job may be over
-            flush(self.root)
+            place.parent.mkdir(exist_ok=True)  # without parents: the command may be over
+            flush(self.results)
         draft = Draft(aside(place))
         draft.path.mkdir()
         try:
@@ -199,7 +214,7 @@ class Job:
 
     def remove_drafts(self) -> None:
         """Remove the files that killed tasks left behind."""
-        for path in self.root.glob("*/.*.new"):
+        for path in (*self.results.glob("*/.*.new"), *self.shard_drafts.glob("*")):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -24,7 +24,6 @@ from consyn_jax.data.preparation.segments.long_documents import write_long
 from consyn_jax.data.preparation.segments.shard_tasks import write_shard
 from consyn_jax.data.preparation.segments.spans import write_cuts
 from consyn_jax.data.store.file_hashes import hash_of
-from consyn_jax.data.store.manifest import PREPARING
 from consyn_jax.errors import UserError, remedy
 
 PHASES: dict[str, Callable[[Job, int], None]] = {
@@ -105,7 +104,7 @@ def _job(root: str, identity: str) -> Job:
     if hashlib.sha256(content).hexdigest() != identity:
         raise unseen(f"--shared_directory {path.parent.parent}")
     job = Job.from_json(content)
-    if not (job.output / PREPARING).is_dir():
+    if not job.shard_drafts.is_dir():
         raise unseen(f"--output {job.output}")
     names = [source.name for source in job.sources]
     if not all(map(os.path.isabs, names)) and str(Path.cwd()) != job.working_directory:

@@ -14,7 +14,6 @@ from jaxtyping import Int64
 from consyn_jax.data.preparation.segments.encode import LAST, PART, SegmentTokens
 from consyn_jax.data.preparation.segments.job import Job, document_ids
 from consyn_jax.data.split import SPLITS
-from consyn_jax.data.store.manifest import PREPARING
 from consyn_jax.data.store.shard_writer import ShardWriter
 from consyn_jax.data.store.store_writer import documents_to_fill
 from consyn_jax.files import flush, write_whole
@@ -66,16 +65,16 @@ def _shards_of(job: Job, split: int, tokens: Sequence[int]) -> Iterator[tuple[Pl
 
 def write_shards_plan(job: Job, shards: list[Shard]) -> None:
     """Write down the shards for the tasks."""
-    write_whole(job.root / SHARDS, json.dumps(shards))
+    write_whole(job.results / SHARDS, json.dumps(shards))
 
 
 def write_shard(job: Job, number: int) -> None:
     """Write the files of a shard into the store, and its entry in the manifest as the result."""
-    split, name, start, stop = json.loads((job.root / SHARDS).read_bytes())[number]
+    split, name, start, stop = json.loads((job.results / SHARDS).read_bytes())[number]
     with (
         job.writing("shards", number) as draft,
         # Another process may write the same shard, so files get their names when complete.
-        tempfile.TemporaryDirectory(dir=job.output / PREPARING) as directory,
+        tempfile.TemporaryDirectory(dir=job.shard_drafts) as directory,
     ):
         writer = ShardWriter(Path(directory), f"{SPLITS[split]}-{name:05d}", job.dtype)
         try:

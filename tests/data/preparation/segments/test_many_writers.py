@@ -213,7 +213,8 @@ class Stops(TasksHere):
     ) -> None:
         for number in numbers:
             if not self.left:
-                (job.root / phase / ".0000009.0123456789abcdef.new").mkdir(parents=True)
+                place = job.place(phase, 9)
+                place.with_name(".0000009.0123456789abcdef.new").mkdir(parents=True)
                 raise KeyboardInterrupt
             self.left -= 1
             super().run(job, phase, [number], lambda _: None)
@@ -298,7 +299,7 @@ def test_a_full_disk_is_named(
         with pytest.raises(UserError, match="No space left") as fault:
             by_many(corpus, tmp_path / "many")
     assert "Make room, and run the same command again; it continues." in str(fault.value)
-    assert not list((tmp_path / "shared").glob("*/*/.*"))
+    assert not list((tmp_path / "shared").glob("*/*/*/.*"))
     assert by_many(corpus, tmp_path / "many") == by_one(corpus, tmp_path / "one")
 
 
@@ -351,7 +352,7 @@ def test_the_files_of_a_damaged_job_are_not_used(
         with pytest.raises(KeyboardInterrupt):
             by_many(path, tmp_path / "many")
     (job,) = (tmp_path / "shared").glob("*/job.json")
-    for damaged in (tmp_path / "shared").glob("*/segments/*/arrays.bin"):
+    for damaged in (tmp_path / "shared").glob("*/*/segments/*/arrays.bin"):
         damaged.write_bytes(b"0")
     job.unlink() if content is None else job.write_text(content)
     assert by_many(path, tmp_path / "many") == by_one(path, tmp_path / "one")
