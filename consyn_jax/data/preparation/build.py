@@ -45,6 +45,10 @@ class Stopped(Exception):
     """`Publish` asked the preparation to stop."""
 
 
+class Unusable(UserError):
+    """What was read cannot become a store, whoever writes it."""
+
+
 class Preparation:
     """A token store that is being written.
 
@@ -130,14 +134,15 @@ class Preparation:
         """Write the report and the manifest, which makes the directory a store.
 
         Raises:
-            UserError: no document is left, or the files of the data changed during the preparation.
+            Unusable: no document is left, or the files of the data changed during the preparation.
+            UserError: a file cannot be read or written.
         """
         silent = dataclasses.replace(self.spec, progress=lambda stage, done, total: None)
         contents = contents_of(silent)
         fault = self._fault(key_of(silent, contents))
         if fault:
             self.writer.abandon()
-            raise UserError(fault)
+            raise Unusable(fault)
         self.report.splits = self.writer.totals
         if any(name in CONVERSATIONS for name in self.report.formats):
             # Users of an exported model must format conversations as in training.
