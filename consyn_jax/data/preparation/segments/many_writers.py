@@ -158,7 +158,9 @@ class ManyWriters:
             large = large_sources(job)
             run("cuts", large, "look")
             cuts = {number: job.result("cuts", number)["positions"] for number in large}
-            job.write_starts(plan(job, cuts))
+            starts = plan(job, cuts)
+            with self._writing_shared():
+                job.write_starts(starts)
         run("segments", job.num_segments, "tokenize")
         run("long", 1)
         if job.drops_duplicates:
@@ -172,8 +174,9 @@ class ManyWriters:
         run("kept", job.num_segments)
         state = Journal.begin(spec, self._destination.key, job.settings.single)
         shards = plan_shards(job, self._count(state.report))
-        write_shards_plan(job, shards)
-        self._forget_missing_shards(len(shards))
+        with self._writing_shared():
+            write_shards_plan(job, shards)
+            self._forget_missing_shards(len(shards))
         run("shards", len(shards), "write")
         entries: dict[str, list[Any]] = {}
         for number, (split, *_) in enumerate(shards):
@@ -338,8 +341,9 @@ def _is_same(old: Job | None, new: Job) -> bool:
     def compared(job: Job) -> str:
         options = dataclasses.replace(job.settings.options, on_bad_rows="", invalid_utf8="")
         settings = dataclasses.replace(job.settings, options=options)
-        same = {"working_directory": "", "generation": ""}
-        return dataclasses.replace(job, settings=settings, **same).to_json()
+        return dataclasses.replace(
+            job, settings=settings, working_directory="", generation=""
+        ).to_json()
 
     return old is not None and compared(old) == compared(new)
 
