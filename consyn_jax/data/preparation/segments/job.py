@@ -226,26 +226,28 @@ class Draft:
 
     def __init__(self, path: Path) -> None:
         self.path, self.result = path, dict[str, Any]()
+        self._contents: dict[str, Any] = {}
 
     def save(self, **arrays: np.ndarray) -> None:
-        """Write all arrays of the task, under their names, to one file.
-
-        Their names, types, shapes and places are at its end, and the size of this list as the last
-        eight bytes.
-        """
-        contents = {}
-        with (self.path / ARRAYS).open("xb") as file:
+        """Append arrays to the file of arrays of the task, under their names."""
+        with (self.path / ARRAYS).open("ab") as file:
             for name, array in arrays.items():
                 file.write(bytes(-file.tell() % ALIGNED))
-                contents[name] = [array.dtype.str, array.shape, file.tell()]
+                self._contents[name] = [array.dtype.str, array.shape, file.tell()]
                 file.write(np.ascontiguousarray(array).data)
-            listed = json.dumps(contents).encode()
-            file.write(listed + struct.pack("<Q", len(listed)))
-            file.flush()
-            os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the values of `result`, and flush all names to the disk."""
+        """Complete both files, and flush all to the disk.
+
+        At the end of the file of arrays are their names, types, shapes and places, and the size of
+        this list as the last eight bytes.
+        """
+        if self._contents:
+            listed = json.dumps(self._contents).encode()
+            with (self.path / ARRAYS).open("ab") as file:
+                file.write(listed + struct.pack("<Q", len(listed)))
+                file.flush()
+                os.fsync(file.fileno())
         write_whole(self.path / RESULT, json.dumps(self.result))
 
 
