@@ -55,13 +55,15 @@ def clear(root: Path, kept: Collection[str] = ()) -> None:
 
 
 def _check(root: Path) -> None:
-    entries = () if root.is_symlink() else sorted(root.iterdir())
-    for path in (root, *entries):
-        if found := irregular(path, inside=False):
-            raise UserError(
-                f"{found[0]} is {found[1]}, where consyn-prepare needs files of its own. Remove "
-                "it, or give another --shared_directory."
-            )
+    found = irregular(root, inside=False) or (None if root.is_dir() else (root, "a file"))
+    entries = () if found else sorted(root.iterdir())
+    for path in entries:
+        found = found or irregular(path, inside=False)
+    if found:
+        raise UserError(
+            f"{found[0]} is {found[1]}, where consyn-prepare needs files of its own. Remove it, "
+            "or give another --shared_directory."
+        )
     if _owner(root) != os.geteuid() and _owner(root) != _owner_of_new(root):
         raise UserError(f"{root} belongs to another user. Give a --shared_directory of your own.")
     if foreign := [entry.name for entry in entries if not _OURS.fullmatch(entry.name)]:
