@@ -107,23 +107,26 @@ def test_keys_are_grouped_in_pieces(
     assert sum(sizes) > 400
 
 
+@pytest.mark.slow
 def test_many_segments_need_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in texts(400, 40)))
+    rows = texts(200, 40)
+    rows += [*rows, *(row + " nearly" for row in rows)]  # so that each partition finds some
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     monkeypatch.setattr(json_reader, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(many_writers, "LEAST_SEGMENT_BYTES", 1000)
-    monkeypatch.setattr(many_writers, "LEAST_PARTITIONS", 24)
+    monkeypatch.setattr(many_writers, "LEAST_PARTITIONS", 48)
     by_one(path, tmp_path / "warm")  # imports what is imported late
     tasks = Stops(10_000)
     monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 25, hard))
     try:
         by_many(path, tmp_path / "many")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(tasks.ran["segments"]) > 30
+    assert len(tasks.ran["segments"]) > 45
 
 
 def test_a_node_that_does_not_see_the_files_says_so(tmp_path: Path) -> None:
