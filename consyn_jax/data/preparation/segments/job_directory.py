@@ -20,7 +20,9 @@ from consyn_jax.files import aside, flush, irregular, make_directory, remove
 TOKENIZER = "tokenizer"  # learned from the data
 GENERATION = re.compile(r"[0-9a-f]{32}")
 _NAMES = rf"({re.escape(JOB)}|{TOKENIZER}|{GENERATION.pattern})"
-_OURS = re.compile(rf"{_NAMES}|\.{_NAMES}\.[0-9a-f]{{16}}\.(new|old|gone)")
+_ASIDE = rf"\.{_NAMES}\.[0-9a-f]{{16}}\.(new|old|gone)"
+_OURS = re.compile(rf"{_NAMES}|{_ASIDE}")
+_OF_NFS = re.compile(r"\.nfs[0-9a-f]+")  # a removed file that some process still has open
 
 
 def open_directory(root: Path) -> None:
@@ -37,7 +39,7 @@ def open_directory(root: Path) -> None:
     except FileExistsError:
         _check(root)
     for entry in root.iterdir():
-        if entry.name.startswith("."):
+        if re.fullmatch(_ASIDE, entry.name):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
@@ -66,7 +68,8 @@ def _check(root: Path) -> None:
         )
     if _owner(root) != os.geteuid() and _owner(root) != _owner_of_new(root):
         raise UserError(f"{root} belongs to another user. Give a --shared_directory of your own.")
-    if foreign := [entry.name for entry in entries if not _OURS.fullmatch(entry.name)]:
+    names = [entry.name for entry in entries]
+    if foreign := [n for n in names if not (_OURS.fullmatch(n) or _OF_NFS.fullmatch(n))]:
         raise UserError(
             f"{root} contains {listed(foreign)}, which is not from consyn-prepare and is not "
             "deleted. Move it elsewhere, or give another --shared_directory."

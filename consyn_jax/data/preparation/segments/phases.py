@@ -58,7 +58,7 @@ def work(root: str, identity: str, phase: str, number: int) -> Answer:
         if not job.place(phase, number).exists():
             PHASES[phase](job, number)
 
-    return _answer(run)
+    return _answer(run, f"A file in {root}")
 
 
 def work_on_file(path: str) -> Answer:
@@ -71,17 +71,22 @@ def work_on_file(path: str) -> Answer:
             raise unseen(f"--data {path}") from error
         return status.st_size, status.st_mtime_ns, hash_of(Path(path))
 
-    return _answer(run)
+    return _answer(run, path)
 
 
-def _answer(run: Callable[[], Any]) -> Answer:
+def _answer(run: Callable[[], Any], place: str) -> Answer:
+    """Run a task.
+
+    Args:
+        place: what is named if an error of the system names no file, as that of a full disk.
+    """
     try:
         return "", run()
     except UserError as error:
         return str(error), None
     except OSError as error:
         return (
-            f"{error.filename or 'A file'} cannot be read or written on node "
+            f"{error.filename or place} cannot be read or written on node "
             f"{socket.gethostname()}: {error.strerror or error}. {remedy(error)}, and run the same "
             "command again; it continues.",
             None,

@@ -83,6 +83,9 @@ def write_shard(job: Job, number: int) -> None:
                 last = stop[1] if segment == stop[0] else None
                 _Rows(job, segment, split).write(writer, first, last)
             entry = writer.close()
+        except OSError as error:
+            error.filename = error.filename or str(job.output)  # a full disk names none
+            raise
         finally:
             writer.abandon()
         assert entry is not None

@@ -96,13 +96,16 @@ def test_only_files_of_a_job_are_removed(tmp_path: Path) -> None:
     root = tmp_path / "shared" / "root"
     open_directory(root)
     assert root.stat().st_mode & 0o777 == 0o700
-    left = f".tokenizer.{GENERATION[:16]}.new"
-    for name in ("tokenizer", GENERATION, left):
+    fresh = f".tokenizer.{GENERATION[:16]}.new"
+    for name in ("tokenizer", GENERATION, fresh):
         (root / name).mkdir()
         (root / name / "a").write_text("a")
     (root / "job.json").write_text("{}")
+    (root / ".nfs00a1").write_text("a removed file that is still open")
     open_directory(root)
-    assert sorted(path.name for path in root.iterdir()) == [GENERATION, "job.json", "tokenizer"]
+    left = [".nfs00a1", GENERATION, "job.json", "tokenizer"]
+    assert sorted(path.name for path in root.iterdir()) == left
+    (root / ".nfs00a1").unlink()
     (root / "notes.txt").write_text("mine")  # came later
     clear(root, kept=("tokenizer",))
     assert sorted(path.name for path in root.iterdir()) == ["notes.txt", "tokenizer"]

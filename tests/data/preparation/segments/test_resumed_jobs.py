@@ -10,8 +10,10 @@ from segment_stores import Stops, by_many, by_one, files, stopped
 from consyn_jax.data.preparation.build import Preparation
 from consyn_jax.data.preparation.journal import Journal
 from consyn_jax.data.preparation.segments import engines, many_writers, phases
+from consyn_jax.data.preparation.segments.job import Draft
 from consyn_jax.data.preparation.segments.shard_tasks import write_shard
 from consyn_jax.data.store import store_writer
+from consyn_jax.data.store.shard_writer import ShardWriter
 from consyn_jax.errors import UserError
 
 
@@ -204,6 +206,28 @@ def test_the_full_directory_is_named(
 
     monkeypatch.setattr(place, name, full)
     with pytest.raises(UserError) as fault:
+        by_many(path, tmp_path / "many")
+    assert str(fault.value).startswith(says.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("patched", "says"),
+    [
+        ((ShardWriter, "append"), "{0}/many cannot be read or written on node "),
+        ((Draft, "save"), "A file in {0}/shared/consyn-"),
+    ],
+)
+def test_the_full_directory_of_a_task_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patched: tuple[Any, str], says: str
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*patched, full)
+    with pytest.raises(UserError, match="No space left on device") as fault:
         by_many(path, tmp_path / "many")
     assert str(fault.value).startswith(says.format(tmp_path))
 
