@@ -46,7 +46,7 @@ class Stopped(Exception):
 
 
 class Unusable(UserError):
-    """What was read cannot become a store, whoever writes it."""
+    """The data cannot become a store, whoever writes it."""
 
 
 class Preparation:
