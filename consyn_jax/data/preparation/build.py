@@ -45,16 +45,15 @@ class Stopped(Exception):
     """`Publish` asked the preparation to stop."""
 
 
-class Unusable(UserError):
-    """The data cannot become a store, whoever writes it."""
-
-
 class Preparation:
     """A token store that is being written.
 
     Args:
         state: the initial state, or the journal of an earlier process; it is updated in place.
         resumed: whether `state` is the journal of an earlier process.
+
+    Attributes:
+        is_unusable: whether `finish` found that the data cannot become a store.
 
     Raises:
         UserError: `directory` cannot be written, or does not fit the journal.
@@ -63,6 +62,7 @@ class Preparation:
     def __init__(self, spec: Spec, directory: Path, state: Journal, resumed: bool) -> None:
         self.spec, self.directory, self.state = spec, directory, state
         self.report, self.preparing = state.report, directory / PREPARING
+        self.is_unusable = False
         if not isinstance(spec.tokenizer, str):
             self.tokenizer = spec.tokenizer
         elif resumed:
@@ -134,15 +134,16 @@ class Preparation:
         """Write the report and the manifest, which makes the directory a store.
 
         Raises:
-            Unusable: no document is left, or the files of the data changed during the preparation.
-            UserError: a file cannot be read or written.
+            UserError: no document is left, or the files of the data changed during the preparation
+                (then `is_unusable` is true); or a file cannot be read or written.
         """
         silent = dataclasses.replace(self.spec, progress=lambda stage, done, total: None)
         contents = contents_of(silent)
         fault = self._fault(key_of(silent, contents))
         if fault:
+            self.is_unusable = True
             self.writer.abandon()
-            raise Unusable(fault)
+            raise UserError(fault)
         self.report.splits = self.writer.totals
         if any(name in CONVERSATIONS for name in self.report.formats):
             # Users of an exported model must format conversations as in training.

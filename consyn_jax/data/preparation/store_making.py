@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import closing
 
-from consyn_jax.data.preparation.build import Preparation, Publish, Unusable
+from consyn_jax.data.preparation.build import Preparation, Publish
 from consyn_jax.data.preparation.corpus_report import check_leniency
 from consyn_jax.data.preparation.destination import Destination, check_output
 from consyn_jax.data.preparation.journal import JOURNAL, Journal
 from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.segments.engines import start_tasks
 from consyn_jax.data.preparation.segments.many_writers import ManyWriters, one_writer_reason
+from consyn_jax.errors import UserError
 
 
 def build(spec: Spec, destination: Destination, publish: Publish | None = None) -> bool:
@@ -78,8 +79,9 @@ def _by_many(spec: Spec, destination: Destination) -> bool:
         try:
             if is_complete:
                 preparation.finish()
-        except Unusable:  # no later command can take up the segments
-            writers.remove()
+        except UserError:
+            if preparation.is_unusable:  # so no later command can take up the segments
+                writers.remove()
             raise
     writers.remove()
     return is_complete
