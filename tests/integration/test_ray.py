@@ -177,14 +177,14 @@ def test_whatever_is_killed_the_bytes_are_the_same(
 def test_a_task_that_is_killed_again_and_again(nodes: Nodes, corpus: Path, tmp_path: Path) -> None:
     """As by the kernel for memory: a sentence, and the store can go on."""
     before = """
-from consyn_jax.data.preparation.workers import ray_pool
-ray_pool.RETRIES = 1
+from consyn_jax.data.preparation.workers import ray_calls
+ray_calls.RETRIES = 1
 def dying(strangers):
-    def work(key, shared, head, data):
+    def work(expected, module, name, key, shared, head, data):
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
     return work
-ray_pool._task = dying
+ray_calls._task = dying
 """
     complaint = finished(
         driver(corpus, tmp_path / "store", nodes, before=before),
@@ -197,15 +197,15 @@ ray_pool._task = dying
 
 def test_a_defect_of_a_task_is_not_repeated(nodes: Nodes, corpus: Path, tmp_path: Path) -> None:
     before = f"""
-from consyn_jax.data.preparation.workers import ray_pool
+from consyn_jax.data.preparation.workers import ray_calls
 def failing(strangers):
-    def work(key, shared, head, data):
+    def work(expected, module, name, key, shared, head, data):
         import os, zlib
         file = os.open({str(tmp_path / "tries")!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(file, b"%d\\n" % zlib.crc32(head.encode()))
         raise ZeroDivisionError("a defect")
     return work
-ray_pool._task = failing
+ray_calls._task = failing
 """
     process = driver(corpus, tmp_path / "store", nodes, before=before)
     _, complaint = process.communicate(timeout=LONG_S)

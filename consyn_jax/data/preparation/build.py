@@ -54,6 +54,9 @@ class Preparation:
         state: the initial state, or the journal of an earlier process; it is updated in place.
         resumed: whether `state` is the journal of an earlier process.
 
+    Attributes:
+        is_unusable: whether `finish` found that the data cannot become a store.
+
     Raises:
         UserError: `directory` cannot be written, or does not match the journal.
     """
@@ -61,6 +64,7 @@ class Preparation:
     def __init__(self, spec: Spec, directory: Path, state: Journal, resumed: bool) -> None:
         self.spec, self.directory, self.state = spec, directory, state
         self.report, self.preparing = state.report, directory / PREPARING
+        self.is_unusable = False
         if not isinstance(spec.tokenizer, str):
             self.tokenizer = spec.tokenizer
         elif resumed:
@@ -132,12 +136,14 @@ class Preparation:
         """Write the report and the manifest, which makes the directory a store.
 
         Raises:
-            UserError: no document is left, or the files of the data changed during the preparation.
+            UserError: no document is left, or the files of the data changed during the preparation
+                (then `is_unusable` is true); or a file cannot be read or written.
         """
         silent = dataclasses.replace(self.spec, progress=lambda stage, done, total: None)
         contents = contents_of(silent)
         fault = self._fault(key_of(silent, contents))
         if fault:
+            self.is_unusable = True
             self.writer.abandon()
             raise UserError(fault)
         self.report.splits = self.writer.totals

@@ -18,12 +18,13 @@ from consyn_jax.data.store import TokenStore
 from consyn_jax.data.store.manifest import (
     MANIFEST,
     PREPARING,
+    SHARD_DRAFTS,
     STORE_FILE,
     delete_store,
     has_manifest,
 )
 from consyn_jax.errors import UserError, listed
-from consyn_jax.files import irregular, open_regular, read_whole, try_lock
+from consyn_jax.files import irregular, open_regular, read_whole, remove, try_lock
 from consyn_jax.prepare_config import CorpusOptions
 
 LOCK_POLL_SECONDS = 0.2
@@ -150,6 +151,19 @@ class Destination:
     def remove_preparing(self) -> None:
         """Remove the files that only an unfinished store needs."""
         shutil.rmtree(self.preparing, ignore_errors=True)
+
+    def end_many_writers(self) -> None:
+        """Take the store from tasks of many writers that may still run.
+
+        A shard gets its name in the store by being renamed from one of these directories, which a
+        late task no longer finds. Commands with `--shared_directory` see that they must write all
+        shards again.
+        """
+        try:
+            for place in self.preparing.glob(f"{SHARD_DRAFTS}*"):
+                remove(place)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def remove_fragment(self) -> None:
         """After a failure, remove an unfinished store that cannot be continued."""

@@ -50,8 +50,10 @@ RECIPE = {f.name for f in dataclasses.fields(CorpusOptions)} - _NOT_IN_KEY
 USED_FOR_VALIDATION = "is validation data"
 
 Progress = Callable[[str, int, int], None]
-"""Function called with the stage ("hash", "train tokenizer" or "tokenize"), the bytes done, and the
-total bytes (0 if unknown).
+"""Function called with the stage, the bytes done, and the total bytes (0 if unknown).
+
+The stages are "hash", "train tokenizer" and "tokenize"; of many writers also "look" before
+"tokenize", and "deduplicate" and "write" after it.
 """
 
 

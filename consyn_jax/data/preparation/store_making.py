@@ -60,6 +60,7 @@ def _fill(
     If the corpus is found to be a single row, the store stays unfinished. The caller then starts
     again and splits that row by position.
     """
+    destination.end_many_writers()
     with closing(Preparation(spec, destination.directory, state, resumed)) as preparation:
         preparation.run(publish)
         if preparation.is_one_row:
@@ -79,7 +80,8 @@ def _by_many(spec: Spec, destination: Destination) -> bool:
             if is_complete:
                 preparation.finish()
         except UserError:
-            writers.remove()  # the data has changed, or no document is left
+            if preparation.is_unusable:  # so no later command can take up the segments
+                writers.remove()
             raise
     writers.remove()
     return is_complete

@@ -31,10 +31,6 @@ class SampleReader(Reader):
         """Return the entry in the cache key: [kind, False, [hash of all texts]]."""
         return [SAMPLE, False, [hashlib.sha256("\0".join(sample_texts()).encode()).hexdigest()]]
 
-    def can_seek(self, name: str) -> bool:
-        """Return true, because the texts are in memory."""
-        return True
-
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
         """Read all texts of the sample as one block of rows."""
         texts = sample_texts()[start[1] :]

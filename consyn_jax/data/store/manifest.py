@@ -50,6 +50,7 @@ BETWEEN = 3
 MANIFEST = "manifest.json"
 # Subdirectory of an unfinished token store, with the state needed to resume.
 PREPARING = "preparing"
+SHARD_DRAFTS = "shards-"  # in PREPARING, directories of shards that many writers are writing
 SOURCES = "sources.json"
 ORIGIN_BYTES = 24  # per document
 STORE_FILE = re.compile(

@@ -23,7 +23,7 @@ from jaxtyping import Int64, UInt32, UInt64
 
 from consyn_jax.data.preparation.exact_duplicates import first_of_equal
 from consyn_jax.data.preparation.near_duplicates import NearDuplicates
-from consyn_jax.data.preparation.segments.encode import PART
+from consyn_jax.data.preparation.segments.encode import PART, signatures_of
 from consyn_jax.data.preparation.segments.job import Job, among, rows_of, segment_of
 from consyn_jax.data.preparation.segments.partitions import of_partition
 
@@ -57,7 +57,9 @@ def write_bands(job: Job, partition: int) -> None:
 
 def write_groups(job: Job, number: int) -> None:
     """Phase "groups": group the possible near duplicates, and assign each group to a task."""
-    pairs = np.concatenate([job.array("bands", p, "pairs") for p in range(job.partitions)])
+    pairs = np.concatenate(
+        [np.array(job.array("bands", p, "pairs")) for p in range(job.partitions)]
+    )
     ids, places = np.unique(pairs, return_inverse=True)
     labels = _joined(places.reshape(-1, 2), len(ids))
     _, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
@@ -111,7 +113,7 @@ def _signatures(job: Job, ids: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, "
     long_ids = job.array("long", 0, "end")
     for segment in np.unique(segments).tolist():
         here = segments == segment
-        signatures = np.array(job.array("segments", segment, "signatures")[rows[here]])
+        signatures = signatures_of(job, segment)[rows[here]]
         is_part = job.array("segments", segment, "flags")[rows[here]] & PART > 0
         long = np.searchsorted(long_ids, ids[here][is_part])
         signatures[is_part] = job.array("long", 0, "signatures")[long]
@@ -121,6 +123,6 @@ def _signatures(job: Job, ids: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, "
 
 def write_dropped(job: Job, phase: str) -> None:
     """Phase "dropped-exact" or "dropped-near": merge the duplicates from all tasks of a phase."""
-    parts = [job.array(phase, number, "dropped") for number in range(job.partitions)]
+    parts = [np.array(job.array(phase, number, "dropped")) for number in range(job.partitions)]
     with job.writing(f"dropped-{phase}", 0) as draft:
         draft.save(dropped=np.sort(np.concatenate(parts)))

@@ -7,8 +7,10 @@ There are two more:
     origins  origin of each row, as in `store/manifest.py`
     flags    PART, BEGINS, LAST and BLANK
 
-`partitions.py` describes further arrays, which are used to find duplicates. The token ids are in
-`ids.bin`. The file `targets.bin` exists only if some tokens are not targets of the loss.
+`partitions.py` describes further arrays, which are used to find duplicates. Large data is written
+to separate files while the segment is encoded: the token ids to `ids.bin`; to `targets.bin`, which
+tokens are targets, if some are not; and to `signatures.bin`, if near duplicates are left out, a
+signature for each row.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt32
 
 from consyn_jax.data.preparation.corpus_report import EXAMPLES, Report
 from consyn_jax.data.preparation.document_origins import document_origins
 from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
 from consyn_jax.data.preparation.near_duplicates import PERMUTATIONS
 from consyn_jax.data.preparation.segments.job import Job, document_ids
-from consyn_jax.data.preparation.segments.partitions import compared
+from consyn_jax.data.preparation.segments.partitions import save_compared
 from consyn_jax.data.preparation.segments.spans import segment_blocks
 from consyn_jax.data.preparation.workers.worker import Result
 from consyn_jax.data.sources.reader import Block
@@ -33,13 +35,12 @@ from consyn_jax.data.split import DIGEST_BYTES
 from consyn_jax.errors import UserError
 
 PART, BEGINS, LAST, BLANK = 1, 2, 4, 8
-IDS, TARGETS = "ids.bin", "targets.bin"
-TABLE = ("numbers", "lengths", "num_bytes", "num_chars", "digests", "splits", "signatures")
+IDS, TARGETS, SIGNATURES = "ids.bin", "targets.bin", "signatures.bin"
+TABLE = ("numbers", "lengths", "num_bytes", "num_chars", "digests", "splits")
 _EMPTY: dict[str, np.ndarray] = {
     **{name: np.zeros(0, np.int64) for name in ("numbers", "lengths", "num_bytes", "num_chars")},
     "digests": np.zeros((0, DIGEST_BYTES), np.uint8),
     "splits": np.zeros(0, np.uint8),
-    "signatures": np.zeros((0, PERMUTATIONS), np.uint32),
     "origins": np.zeros((0, 3), np.int64),
     "flags": np.zeros(0, np.uint8),
 }
@@ -59,15 +60,14 @@ def write_segment(job: Job, segment: int) -> None:
                 rows.add(index, block, worker.work(block))
         table = rows.table()
         whole = np.flatnonzero(table["flags"] & PART == 0)
-        draft.save(
-            **table,
-            **compared(
-                job,
-                document_ids(segment, whole),
-                table["digests"][whole],
-                table["signatures"][whole] if job.threshold is not None else None,
-                rows.may_repeat()[whole],
-            ),
+        draft.save(**table)
+        save_compared(
+            job,
+            draft,
+            document_ids(segment, whole),
+            table["digests"][whole],
+            lambda some: _signatures(draft.path)[whole[some]],
+            rows.may_repeat()[whole],
         )
         draft.result = rows.result()
 
@@ -76,7 +76,7 @@ class _Rows:
     """The rows and counts of a segment so far."""
 
     def __init__(self, job: Job, place: Path) -> None:
-        self.files = _TokenFiles(place)
+        self.files = _Files(place, has_signatures=job.threshold is not None)
         self._job = job
         self._columns = {name: [empty] for name, empty in _EMPTY.items()}
         self._prompts = [np.zeros(0, bool)]
@@ -142,18 +142,21 @@ class _Rows:
         }
 
 
-class _TokenFiles:
-    """The file of the token ids, and a file of the targets if some tokens are not targets."""
+class _Files:
+    """The files of token ids and signatures; a file of targets if some tokens are not targets."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, has_signatures: bool) -> None:
         self._place = place
         self._ids = (place / IDS).open("xb")
+        self._signatures = (place / SIGNATURES).open("xb") if has_signatures else None
         self._targets: BinaryIO | None = None
         self._count = 0
 
     def add(self, documents: EncodedDocuments) -> None:
-        """Append the tokens of documents."""
+        """Append the tokens and signatures of documents."""
         ids, targets = documents.ids, documents.targets
+        if self._signatures is not None:
+            self._signatures.write(np.ascontiguousarray(documents.signatures, np.uint32).data)
         self._ids.write(np.ascontiguousarray(ids).data)
         if len(targets) and self._targets is None:
             self._targets = (self._place / TARGETS).open("xb")
@@ -167,7 +170,7 @@ class _TokenFiles:
         pass
 
     def __exit__(self, kind: object, *_: object) -> None:
-        for file in filter(None, (self._ids, self._targets)):
+        for file in filter(None, (self._ids, self._signatures, self._targets)):
             if kind is None:
                 file.flush()
                 os.fsync(file.fileno())
@@ -185,6 +188,15 @@ class SegmentTokens:
         lengths = job.array("segments", segment, "lengths")
         self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths
+
+
+def signatures_of(job: Job, segment: int) -> UInt32[np.ndarray, "rows 128"]:
+    """The signatures of the rows of a finished segment, as a memory map."""
+    return _signatures(job.place("segments", segment))
+
+
+def _signatures(place: Path) -> UInt32[np.ndarray, "rows 128"]:
+    return _mapped(place / SIGNATURES, np.dtype(np.uint32)).reshape(-1, PERMUTATIONS)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -1,8 +1,13 @@
 """A job: the settings of a preparation with `--shared_directory`, and the files of its tasks.
 
-A task is a phase and a number. Its result is a directory ROOT/PHASE/NUMBER with `result.json` and
-arrays. The directory gets this name when it is complete, so a finished task is not repeated after
-an interruption. Two processes may run the same task, because both write the same bytes.
+A task is a phase and a number. Its result is a directory ROOT/GENERATION/PHASE/NUMBER with
+`result.json` and arrays. The directory gets this name when it is complete, so a finished task is
+not repeated after an interruption. Two processes may run the same task, because both write the same
+bytes.
+
+Each command draws a new generation. To continue the work of an earlier command, it renames the
+directory of that command's results. So if a task of a killed command is still running, it can no
+longer write a result.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.workers.messages import WorkerSettings
 from consyn_jax.data.sources.reader import Position
 from consyn_jax.data.sources.source import Source
-from consyn_jax.data.store.manifest import token_dtype
+from consyn_jax.data.store.manifest import PREPARING, SHARD_DRAFTS, token_dtype
 from consyn_jax.errors import UserError
 from consyn_jax.files import aside, flush, write_whole
 from consyn_jax.tokenization import BPETokenizer
@@ -53,6 +58,7 @@ class Job:
         segment_bytes: bytes of text after which a segment ends.
         partitions: number of ranges into which digests and band keys are divided.
         shard_tokens: number of tokens after which a shard ends.
+        generation: random name of the command, and of the directories of its results.
     """
 
     root: Path
@@ -64,6 +70,7 @@ class Job:
     segment_bytes: int
     partitions: int
     shard_tokens: int
+    generation: str
 
     def to_json(self) -> str:
         """The content of the file `JOB`."""
@@ -130,16 +137,26 @@ class Job:
         """The similarity at which a document is a near duplicate; None to keep near duplicates."""
         return self.settings.options.near_duplicates
 
+    @property
+    def results(self) -> Path:
+        """The directory of the results of all tasks."""
+        return self.root / self.generation
+
+    @property
+    def shard_drafts(self) -> Path:
+        """The directory in the store for shards that are being written."""
+        return self.output / PREPARING / f"{SHARD_DRAFTS}{self.generation}"
+
     # --------------------------------------------------------------------------- segments
 
     def write_starts(self, starts: list[Start]) -> None:
         """Record where segments begin."""
-        write_whole(self.root / STARTS, json.dumps(starts))
+        write_whole(self.results / STARTS, json.dumps(starts))
 
     @cached_property
     def starts(self) -> list[Start]:
         """The beginnings of all segments."""
-        saved = json.loads((self.root / STARTS).read_bytes())
+        saved = json.loads((self.results / STARTS).read_bytes())
         return [(source, (position[0], position[1])) for source, position in saved]
 
     @property
@@ -151,11 +168,11 @@ class Job:
 
     def place(self, phase: str, number: int) -> Path:
         """The directory of a task's result."""
-        return self.root / phase / f"{number:07d}"
+        return self.results / phase / f"{number:07d}"
 
     def done(self, phase: str) -> set[int]:
         """Numbers of the finished tasks of a phase."""
-        place = self.root / phase
+        place = self.results / phase
         names = [path.name for path in place.iterdir()] if place.is_dir() else []
         return {int(name) for name in names if name.isdigit()}
 
@@ -177,8 +194,10 @@ class Job:
         """Yield a draft for the files of a task; at the end, rename it to the task's directory."""
         place = self.place(phase, number)
         if not place.parent.is_dir():
-            place.parent.mkdir(exist_ok=True)  # without parents: a finished job removes them
-            flush(self.root)
+            place.parent.mkdir(
+                exist_ok=True
+            )  # without parents: a later command may have renamed them
+            flush(self.results)
         draft = Draft(aside(place))
         draft.path.mkdir()
         try:
@@ -198,7 +217,7 @@ class Job:
 
     def remove_drafts(self) -> None:
         """Remove the files that killed tasks left behind."""
-        for path in self.root.glob("*/.*.new"):
+        for path in (*self.results.glob("*/.*.new"), *self.shard_drafts.glob("*")):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -210,26 +229,28 @@ class Draft:
 
     def __init__(self, path: Path) -> None:
         self.path, self.result = path, dict[str, Any]()
+        self._contents: dict[str, Any] = {}
 
     def save(self, **arrays: np.ndarray) -> None:
-        """Write all arrays of the task to one file.
+        """Append arrays to the file of arrays; `finish` writes their names."""
+        with (self.path / ARRAYS).open("ab") as file:
+            for name, array in arrays.items():
+                file.write(bytes(-file.tell() % ALIGNED))
+                self._contents[name] = [array.dtype.str, array.shape, file.tell()]
+                file.write(np.ascontiguousarray(array).data)
+
+    def finish(self) -> None:
+        """Write the end of the file of arrays, and `result.json`; flush all to the disk.
 
         After the arrays, the file has a JSON object with the dtype, shape and offset of each array
         by name. The last eight bytes of the file are the size of this object.
         """
-        contents = {}
-        with (self.path / ARRAYS).open("xb") as file:
-            for name, array in arrays.items():
-                file.write(bytes(-file.tell() % ALIGNED))
-                contents[name] = [array.dtype.str, array.shape, file.tell()]
-                file.write(np.ascontiguousarray(array).data)
-            listed = json.dumps(contents).encode()
-            file.write(listed + struct.pack("<Q", len(listed)))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def finish(self) -> None:
-        """Write `result.json`, and flush the directory to the disk."""
+        if self._contents:
+            listed = json.dumps(self._contents).encode()
+            with (self.path / ARRAYS).open("ab") as file:
+                file.write(listed + struct.pack("<Q", len(listed)))
+                file.flush()
+                os.fsync(file.fileno())
         write_whole(self.path / RESULT, json.dumps(self.result))
 
 

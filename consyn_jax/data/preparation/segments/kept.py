@@ -19,9 +19,9 @@ from consyn_jax.data.preparation.segments.job import (
     segment_of,
 )
 from consyn_jax.data.preparation.segments.long_documents import NO_RULE
+from consyn_jax.data.split import SPLITS
 
 DROPPED = 255  # for a dropped row, in place of the number of a split
-_BY_PHASE = {"dropped-exact": "duplicate", "dropped-near": "near duplicate"}
 
 
 def write_kept(job: Job, segment: int) -> None:
@@ -42,14 +42,17 @@ class _Decisions:
     def __init__(self, job: Job, segment: int) -> None:
         self._job, self._segment = job, segment
         self._rule: dict[int, str] = {}  # by row; a long document is listed by its last row
-        for phase, rule in _BY_PHASE.items():
-            if job.place(phase, 0).exists():
-                rows = of_segment(job.array(phase, 0, "dropped"), segment)
-                self._rule |= dict.fromkeys(rows.tolist(), rule)
+        # A missing array is an error, not a corpus without duplicates.
+        phases = {"duplicate": "dropped-exact"} if job.drops_duplicates else {}
+        if job.threshold is not None:
+            phases["near duplicate"] = "dropped-near"
+        dropped = {rule: job.array(phase, 0, "dropped") for rule, phase in phases.items()}
+        self._duplicates = list(dropped.values())
+        for rule, ids in dropped.items():
+            self._rule |= dict.fromkeys(of_segment(ids, segment).tolist(), rule)
         self.splits: UInt8[np.ndarray, " rows"] = np.array(self._column("splits"))
         self._whole = self._column("flags") & PART == 0
-        dropped = np.array(list(self._rule), np.int64)
-        self.splits[dropped] = DROPPED
+        self.splits[np.array(list(self._rule), np.int64)] = DROPPED
         self._long = self._decide_long()
 
     def _column(self, name: str) -> np.ndarray:
@@ -76,11 +79,7 @@ class _Decisions:
         return np.arange(*np.searchsorted(end, (here, after)))
 
     def _is_duplicate(self, document: np.uint64) -> bool:
-        return any(
-            among(np.array([document]), self._job.array(phase, 0, "dropped"))[0]
-            for phase in _BY_PHASE
-            if self._job.place(phase, 0).exists()
-        )
+        return any(among(np.array([document]), ids)[0] for ids in self._duplicates)
 
     # ------------------------------------------------------------------------------- counts
 
@@ -104,7 +103,7 @@ class _Decisions:
         kept_of = dict(zip(sources.tolist(), counts.tolist(), strict=True))
         tokens = np.bincount(self.splits, self._column("lengths"), DROPPED + 1)
         return {
-            "tokens": tokens[:DROPPED][:3].astype(np.int64).tolist(),
+            "tokens": tokens[: len(SPLITS)].astype(np.int64).tolist(),
             "report": vars(report),
             "sources": [
                 [int(source), read, kept_of.get(int(source), 0)]

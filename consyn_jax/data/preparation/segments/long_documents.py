@@ -20,9 +20,15 @@ from consyn_jax.data.preparation.corpus_report import RULES
 from consyn_jax.data.preparation.encoded_documents import EncodedDocuments
 from consyn_jax.data.preparation.journal import LongDocument
 from consyn_jax.data.preparation.near_duplicates import EMPTY, PERMUTATIONS
-from consyn_jax.data.preparation.segments.encode import BEGINS, BLANK, PART, TABLE
-from consyn_jax.data.preparation.segments.job import Job, document_ids
-from consyn_jax.data.preparation.segments.partitions import compared
+from consyn_jax.data.preparation.segments.encode import (
+    BEGINS,
+    BLANK,
+    PART,
+    TABLE,
+    signatures_of,
+)
+from consyn_jax.data.preparation.segments.job import Draft, Job, document_ids
+from consyn_jax.data.preparation.segments.partitions import save_compared
 from consyn_jax.data.split import DIGEST_BYTES, SPLITS, joined_digest
 
 NO_RULE = 255
@@ -48,11 +54,8 @@ def write_long(job: Job, number: int) -> None:
             documents[-1].add(parts, at, bool(flag & BLANK))
             end[-1] = ids[at]
     with job.writing("long", number) as draft:
-        draft.save(
-            begin=np.array(begin, np.uint64),
-            end=np.array(end, np.uint64),
-            **_table(job, documents, np.array(end, np.uint64)),
-        )
+        draft.save(begin=np.array(begin, np.uint64), end=np.array(end, np.uint64))
+        _save_table(job, draft, documents, np.array(end, np.uint64))
 
 
 def _parts(
@@ -60,17 +63,17 @@ def _parts(
 ) -> tuple[EncodedDocuments, Int64[np.ndarray, " n"]]:
     """The parts in these rows, without their tokens, and the byte offset of each part's text."""
     none = np.zeros(0, np.uint8)
-    names = TABLE if job.threshold is not None else tuple(n for n in TABLE if n != "signatures")
-    columns = {name: job.array("segments", segment, name)[rows] for name in names}
+    columns = {name: job.array("segments", segment, name)[rows] for name in TABLE}
+    signatures = none if job.threshold is None else signatures_of(job, segment)[rows]
     parts = EncodedDocuments(
-        **{"signatures": none, **columns}, have_prompts=none, ids=none, targets=none
+        **columns, signatures=signatures, have_prompts=none, ids=none, targets=none
     )
     return parts, job.array("segments", segment, "origins")[rows, 1]
 
 
-def _table(
-    job: Job, documents: list[LongDocument], ids: UInt64[np.ndarray, " n"]
-) -> dict[str, np.ndarray]:
+def _save_table(
+    job: Job, draft: Draft, documents: list[LongDocument], ids: UInt64[np.ndarray, " n"]
+) -> None:
     rules = [long.rule(job.settings.options) for long in documents]
     kept = np.array([not rule for rule in rules], bool)
     digests = b"".join(joined_digest(long.digests) for long in documents)
@@ -78,18 +81,19 @@ def _table(
     for signature, long in zip(signatures, documents, strict=True):
         if long.signature is not None:
             signature[:] = long.signature
-    return {
-        "splits": np.array([SPLITS.index(long.split) for long in documents], np.uint8),
-        "rules": np.array([RULES.index(rule) if rule else NO_RULE for rule in rules], np.uint8),
-        "num_bytes": np.array([long.num_bytes for long in documents], np.int64),
-        "num_tokens": np.array([long.num_tokens for long in documents], np.int64),
-        "offset": np.array([long.begin for long in documents], np.int64),
-        "signatures": signatures,
-        **compared(
-            job,
-            ids[kept],
-            np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)[kept],
-            signatures[kept] if job.threshold is not None else None,
-            np.zeros(int(kept.sum()), bool),
-        ),
-    }
+    draft.save(
+        splits=np.array([SPLITS.index(long.split) for long in documents], np.uint8),
+        rules=np.array([RULES.index(rule) if rule else NO_RULE for rule in rules], np.uint8),
+        num_bytes=np.array([long.num_bytes for long in documents], np.int64),
+        num_tokens=np.array([long.num_tokens for long in documents], np.int64),
+        offset=np.array([long.begin for long in documents], np.int64),
+        signatures=signatures,
+    )
+    save_compared(
+        job,
+        draft,
+        ids[kept],
+        np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)[kept],
+        lambda some: signatures[kept][some],
+        np.zeros(int(kept.sum()), bool),
+    )

@@ -8,31 +8,46 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import secrets
 import shutil
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from consyn_jax.data.preparation.build import text_bytes
-from consyn_jax.data.preparation.corpus_report import Report, is_as_lenient
+from consyn_jax.data.preparation.corpus_report import Report, check_leniency, is_as_lenient
 from consyn_jax.data.preparation.destination import DAMAGED_TYPES, Destination
 from consyn_jax.data.preparation.journal import JOURNAL, Journal
 from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.segments.job import JOB, STARTS, Job
+from consyn_jax.data.preparation.segments.job_directory import (
+    GENERATION,
+    TOKENIZER,
+    clear,
+    open_directory,
+)
 from consyn_jax.data.preparation.segments.phases import Answer, work, work_on_file
 from consyn_jax.data.preparation.segments.shard_tasks import plan_shards, write_shards_plan
 from consyn_jax.data.preparation.segments.spans import large_sources, plan
 from consyn_jax.data.preparation.workers.messages import WorkerSettings
 from consyn_jax.data.preparation.workers.worker import learn_tokenizer
 from consyn_jax.data.split import SPLITS
+from consyn_jax.data.store.shards import Shard
 from consyn_jax.data.store.store_writer import SHARD_TOKENS
 from consyn_jax.errors import UserError, remedy
-from consyn_jax.files import aside, make_directory, replace_directory, write_whole
+from consyn_jax.files import (
+    aside,
+    flush,
+    make_directory,
+    read_whole,
+    remove,
+    replace_directory,
+    write_whole,
+)
 from consyn_jax.tokenization import BPETokenizer
 
-TOKENIZER = "tokenizer"  # learned from the data
 # A segment takes a core up to two minutes. A small corpus has a few thousand segments.
 MOST_SEGMENT_BYTES, LEAST_SEGMENT_BYTES, SEGMENTS = 256 << 20, 4 << 20, 4096
 MOST_PARTITIONS, LEAST_PARTITIONS, PARTITION_BYTES = 1024, 8, 1 << 30
@@ -121,14 +136,9 @@ class ManyWriters:
     def __init__(self, spec: Spec, destination: Destination) -> None:
         self._spec, self._destination = spec, destination
         self._root = root_of(spec, destination)
-        try:
-            make_directory(self._root)
-            self._job = self._begin()
-        except OSError as error:
-            raise UserError(
-                f"--shared_directory {self._root.parent} cannot be written: "
-                f"{error.strerror or error}. {remedy(error)}, and run the same command again."
-            ) from error
+        with self._writing_shared():
+            open_directory(self._root)
+        self._job = self._begin()
 
     def fill(self, tasks: Tasks) -> Journal:
         """Run all phases; return the state after the last document."""
@@ -145,11 +155,13 @@ class ManyWriters:
 
             tasks.run(job, phase, left, done)
 
-        if not (job.root / STARTS).exists():
+        if not (job.results / STARTS).exists():
             large = large_sources(job)
             run("cuts", large, "look")
             cuts = {number: job.result("cuts", number)["positions"] for number in large}
-            job.write_starts(plan(job, cuts))
+            starts = plan(job, cuts)
+            with self._writing_shared():
+                job.write_starts(starts)
         run("segments", job.num_segments, "tokenize")
         run("long", 1)
         if job.drops_duplicates:
@@ -163,8 +175,9 @@ class ManyWriters:
         run("kept", job.num_segments)
         state = Journal.begin(spec, self._destination.key, job.settings.single)
         shards = plan_shards(job, self._count(state.report))
-        write_shards_plan(job, shards)
-        self._forget_missing_shards(len(shards))
+        with self._writing_shared():
+            write_shards_plan(job, shards)
+            self._forget_missing_shards(len(shards))
         run("shards", len(shards), "write")
         entries: dict[str, list[Any]] = {}
         for number, (split, *_) in enumerate(shards):
@@ -175,30 +188,72 @@ class ManyWriters:
 
     def remove(self) -> None:
         """Remove the segments."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        with suppress(OSError):  # the store does not need it
+            clear(self._root)
+            self._root.rmdir()
+
+    # ---------------------------------------------------------------------------------- beginning
 
     def _begin(self) -> Job:
-        """Begin or resume the job in `root`; remove files that another job left there."""
+        """Begin a job, or continue that of an earlier command."""
         tokenizer, single = self._tokenizer(), self._spec.is_one_text
         job = self._new_job(tokenizer, single)
-        path = job.root / JOB
-        try:
-            is_old = _may_continue(Job.from_json(path.read_bytes()), job)
-        except (FileNotFoundError, *DAMAGED_TYPES):
-            is_old = False
-        if not is_old:
-            for entry in job.root.iterdir():
-                if entry.name == TOKENIZER:  # the same for all jobs of this key
-                    continue
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        tokenizer.save(job.output / "tokenizer")
-        # Write the journal that one writer has before its first block. Then a command with other
-        # data is refused, and a command without --shared_directory starts from the beginning.
-        begin = Journal.begin(self._spec, self._destination.key, single)
-        begin.write(self._destination.preparing / JOURNAL)
-        job.remove_drafts()
-        write_whole(path, job.to_json())
+        with self._writing_shared():
+            before = self._take_results(job)
+        with _writing(str(job.output)):
+            tokenizer.save(job.output / "tokenizer")
+            # Write the journal that one writer has before its first block. Then a command with
+            # other data is refused, and one without --shared_directory starts from the beginning.
+            begin = Journal.begin(self._spec, self._destination.key, single)
+            begin.write(self._destination.preparing / JOURNAL)
+        self._take_shards(job, before)
+        with self._writing_shared():
+            job.remove_drafts()
+            write_whole(job.root / JOB, job.to_json())
         return job
+
+    def _take_results(self, job: Job) -> str:
+        """Take up the results of an earlier command; return its generation, or "" without one.
+
+        Results of another job are removed.
+
+        Raises:
+            UserError: rows were skipped or repaired that are an error now.
+        """
+        found = [path for path in job.root.iterdir() if GENERATION.fullmatch(path.name)]
+        if len(found) == 1 and _is_same(_saved(job.root / JOB), job):
+            # From here on, the tasks of that command fail.
+            found[0].rename(job.results)
+            flush(job.root)
+            report = _report_of_segments(job)
+            check_leniency(report, job.settings.options)
+            if is_as_lenient(report, job.settings.options):
+                return found[0].name
+        clear(job.root, kept=(TOKENIZER,))  # the tokenizer is the same for all jobs of this key
+        job.results.mkdir()
+        flush(job.root)
+        return ""
+
+    def _take_shards(self, job: Job, before: str) -> None:
+        """Take up the shards of an earlier command, unless another has changed the store since.
+
+        Args:
+            before: generation of the earlier command; "" without one.
+        """
+        place = dataclasses.replace(job, generation=before).shard_drafts
+        if before and place.is_dir():
+            with _writing(str(job.output)):
+                place.rename(job.shard_drafts)
+                flush(place.parent)
+            return
+        with self._writing_shared():
+            remove(job.place("shards", 0).parent)
+        self._destination.end_many_writers()
+        with _writing(str(job.output)):
+            make_directory(job.shard_drafts)
+
+    def _writing_shared(self) -> AbstractContextManager[None]:
+        return _writing(f"--shared_directory {self._root.parent}")
 
     def _new_job(self, tokenizer: BPETokenizer, single: bool) -> Job:
         spec = self._spec
@@ -224,6 +279,7 @@ class ManyWriters:
             segment_bytes=min(max(size // SEGMENTS, LEAST_SEGMENT_BYTES), MOST_SEGMENT_BYTES),
             partitions=min(max(size // PARTITION_BYTES, LEAST_PARTITIONS), MOST_PARTITIONS),
             shard_tokens=SHARD_TOKENS,
+            generation=secrets.token_hex(16),
         )
 
     def _tokenizer(self) -> BPETokenizer:
@@ -233,9 +289,10 @@ class ManyWriters:
             return spec.tokenizer
         if not path.is_dir():
             learned = learn_tokenizer(spec, spec.is_one_text)
-            fresh = aside(path)
-            learned.save(fresh)
-            replace_directory(fresh, path)
+            with self._writing_shared():
+                fresh = aside(path)
+                learned.save(fresh)
+                replace_directory(fresh, path)
         return BPETokenizer.from_file(path)
 
     def _count(self, report: Report) -> list[list[int]]:
@@ -251,29 +308,66 @@ class ManyWriters:
         return tokens
 
     def _forget_missing_shards(self, count: int) -> None:
-        """Forget finished shards whose files are missing in the output, so they are made again."""
+        """Forget finished shards whose files are missing or damaged, so they are made again."""
         job = self._job
         for number in job.done("shards"):
-            entry: dict[str, Any] = job.result("shards", number)
-            files = [
-                entry[kind] for kind in ("file", "index", "targets", "origins") if kind in entry
-            ]
-            if number >= count or not all((job.output / name).is_file() for name in files):
+            if number >= count or not _is_there(job, number):
                 shutil.rmtree(job.place("shards", number))
 
 
-def _may_continue(old: Job, new: Job) -> bool:
+def _is_there(job: Job, number: int) -> bool:
+    """Whether all files of a finished shard exist and have the right sizes."""
+    try:
+        Shard(job.output, job.result("shards", number), job.tokenizer.vocab_size)
+    except UserError:
+        return False
+    return True
+
+
+def _saved(path: Path) -> Job | None:
+    """Read a job from a file; None if there is no readable one."""
+    try:
+        return Job.from_json(read_whole(path))
+    except (FileNotFoundError, RecursionError, *DAMAGED_TYPES):
+        return None
+
+
+def _is_same(old: Job | None, new: Job) -> bool:
     """Whether the job `new` can use the finished tasks of the job `old`.
 
-    The two jobs may treat bad rows differently, as long as no bad row was found.
+    The two jobs may treat bad rows differently; the reports of the segments show whether that
+    matters. The working directories may differ, too: the key includes the content of all files, and
+    their names are compared.
     """
 
     def compared(job: Job) -> str:
         options = dataclasses.replace(job.settings.options, on_bad_rows="", invalid_utf8="")
         settings = dataclasses.replace(job.settings, options=options)
-        return dataclasses.replace(job, settings=settings).to_json()
+        return dataclasses.replace(
+            job, settings=settings, working_directory="", generation=""
+        ).to_json()
 
-    return compared(old) == compared(new) and all(
-        is_as_lenient(Report(**old.result("segments", n)["report"]), new.settings.options)
-        for n in old.done("segments")
-    )
+    return old is not None and compared(old) == compared(new)
+
+
+def _report_of_segments(job: Job) -> Report:
+    """The counts of all finished segments, with the first dropped rows."""
+    report = Report()
+    for number in sorted(job.done("segments")):
+        saved = job.result("segments", number)
+        of_segment = Report(**saved["report"])
+        for _, rule, place, text in saved["drops"]:
+            of_segment.show(rule, place, text)
+        report.join(of_segment)
+    return report
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be written: {error.strerror or error}. {remedy(error)}, and run the "
+            "same command again; it continues."
+        ) from error

@@ -24,7 +24,6 @@ from consyn_jax.data.preparation.segments.long_documents import write_long
 from consyn_jax.data.preparation.segments.shard_tasks import write_shard
 from consyn_jax.data.preparation.segments.spans import write_cuts
 from consyn_jax.data.store.file_hashes import hash_of
-from consyn_jax.data.store.manifest import PREPARING
 from consyn_jax.errors import UserError, remedy
 
 PHASES: dict[str, Callable[[Job, int], None]] = {
@@ -59,7 +58,7 @@ def work(root: str, identity: str, phase: str, number: int) -> Answer:
         if not job.place(phase, number).exists():
             PHASES[phase](job, number)
 
-    return _answer(run)
+    return _answer(run, f"A file in {root}")
 
 
 def work_on_file(path: str) -> Answer:
@@ -72,17 +71,22 @@ def work_on_file(path: str) -> Answer:
             raise unseen(f"--data {path}") from error
         return status.st_size, status.st_mtime_ns, hash_of(Path(path))
 
-    return _answer(run)
+    return _answer(run, path)
 
 
-def _answer(run: Callable[[], Any]) -> Answer:
+def _answer(run: Callable[[], Any], place: str) -> Answer:
+    """Run a task.
+
+    Args:
+        place: what is named if an error of the system names no file, as that of a full disk.
+    """
     try:
         return "", run()
     except UserError as error:
         return str(error), None
     except OSError as error:
         return (
-            f"{error.filename or 'A file'} cannot be read or written on node "
+            f"{error.filename or place} cannot be read or written on node "
             f"{socket.gethostname()}: {error.strerror or error}. {remedy(error)}, and run the same "
             "command again; it continues.",
             None,
@@ -105,7 +109,7 @@ def _job(root: str, identity: str) -> Job:
     if hashlib.sha256(content).hexdigest() != identity:
         raise unseen(f"--shared_directory {path.parent.parent}")
     job = Job.from_json(content)
-    if not (job.output / PREPARING).is_dir():
+    if not job.shard_drafts.is_dir():
         raise unseen(f"--output {job.output}")
     names = [source.name for source in job.sources]
     if not all(map(os.path.isabs, names)) and str(Path.cwd()) != job.working_directory:

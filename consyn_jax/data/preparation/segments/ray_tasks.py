@@ -11,20 +11,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
+from consyn_jax.data.preparation.segments import phases
 from consyn_jax.data.preparation.segments.job import Job
 from consyn_jax.data.preparation.segments.many_writers import Tasks
-from consyn_jax.data.preparation.workers.ray_cluster import (
-    Processors,
-    connect,
-    disconnect,
-    errors_as_sentences,
-    other_versions,
-    strangers,
-)
-from consyn_jax.data.preparation.workers.ray_worker import versions
+from consyn_jax.data.preparation.workers.ray_calls import RayCalls
 from consyn_jax.errors import UserError
-
-RETRIES = 5  # how often Ray repeats a task whose worker or node was lost
 
 
 class RayTasks(Tasks):
@@ -40,14 +31,7 @@ class RayTasks(Tasks):
     """
 
     def __init__(self, count: int | None, address: str | None) -> None:
-        self._ray = connect(address, count)
-        try:
-            task = _task(strangers())
-            self._task = self._ray.remote(num_cpus=1, max_retries=RETRIES)(task)
-            self._processors = Processors(self._ray, count)
-        except BaseException:
-            self.close()
-            raise
+        self._calls = RayCalls(count, address, "task")
 
     def run(
         self, job: Job, phase: str, numbers: Sequence[int], done: Callable[[int], None]
@@ -74,11 +58,9 @@ class RayTasks(Tasks):
         faults: dict[int, UserError] = {}
         waiting = list(reversed(range(len(calls))))
         while waiting or running:
-            # A few tasks wait in the queues of nodes, so that no processor is idle.
-            most = self._processors.count() * 5 // 4 + 1
-            while waiting and len(running) < most:
+            while waiting and len(running) < self._most():
                 number = waiting.pop()
-                running[self._start(calls[number])] = number
+                running[self._calls.start(phases.__name__, *calls[number])] = number
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 number = running.pop(future)
                 try:
@@ -93,44 +75,17 @@ class RayTasks(Tasks):
 
     def close(self) -> None:
         """Leave the cluster, which ends all tasks; stop Ray if this process started it."""
-        disconnect(self._ray)
+        self._calls.close()
 
-    def _start(self, call: tuple[Any, ...]) -> Future[Any]:
-        with errors_as_sentences(self._ray, RETRIES, "task"):
-            future: Future[Any] = self._task.remote(versions(), *call).future()
-        return future
+    def _most(self) -> int:
+        """Number of tasks in progress.
+
+        Without a given number, a few wait in the queues of nodes, so that no processor does.
+        """
+        return self._calls.count or self._calls.processors * 5 // 4 + 1
 
     def _result(self, future: Future[Any]) -> Any:
-        with errors_as_sentences(self._ray, RETRIES, "task"):
-            node, differences, answer = future.result()
-        if differences:
-            raise other_versions(node, differences)
-        fault, result = answer
+        fault, result = self._calls.result(future)
         if fault:
             raise UserError(fault)
         return result
-
-
-def _task(left_out: list[str]) -> Callable[..., tuple[str, dict[str, str], Any]]:
-    """Make the function that Ray runs for each task.
-
-    Ray sends the code of a local function to the nodes. So a node that lacks this package can
-    still start the function, and fails with an import error that names the package.
-
-    Args:
-        left_out: directories from which workers must not import.
-    """
-
-    def work(expected: dict[str, str], name: str, *arguments: Any) -> Any:
-        import socket
-        import sys
-
-        sys.path[:] = [place for place in sys.path if place not in left_out]
-        from consyn_jax.data.preparation.segments import phases
-        from consyn_jax.data.preparation.workers import ray_worker
-
-        differences = ray_worker.differences(expected)
-        answer = ("", None) if differences else getattr(phases, name)(*arguments)
-        return socket.gethostname(), differences, answer
-
-    return work

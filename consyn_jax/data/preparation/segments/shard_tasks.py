@@ -14,7 +14,6 @@ from jaxtyping import Int64
 from consyn_jax.data.preparation.segments.encode import LAST, PART, SegmentTokens
 from consyn_jax.data.preparation.segments.job import Job, document_ids
 from consyn_jax.data.split import SPLITS
-from consyn_jax.data.store.manifest import PREPARING
 from consyn_jax.data.store.shard_writer import ShardWriter
 from consyn_jax.data.store.store_writer import documents_to_fill
 from consyn_jax.files import flush, write_whole
@@ -69,16 +68,16 @@ def _shards_of(job: Job, split: int, tokens: Sequence[int]) -> Iterator[tuple[Pl
 
 def write_shards_plan(job: Job, shards: list[Shard]) -> None:
     """Write the planned shards to a file, for the tasks that write the shards."""
-    write_whole(job.root / SHARDS, json.dumps(shards))
+    write_whole(job.results / SHARDS, json.dumps(shards))
 
 
 def write_shard(job: Job, number: int) -> None:
     """Write the files of a shard into the store, and its entry in the manifest as the result."""
-    split, name, start, stop = json.loads((job.root / SHARDS).read_bytes())[number]
+    split, name, start, stop = json.loads((job.results / SHARDS).read_bytes())[number]
     with (
         job.writing("shards", number) as draft,
         # Another process may write the same shard, so files get their names when complete.
-        tempfile.TemporaryDirectory(dir=job.output / PREPARING) as directory,
+        tempfile.TemporaryDirectory(dir=job.shard_drafts) as directory,
     ):
         writer = ShardWriter(Path(directory), f"{SPLITS[split]}-{name:05d}", job.dtype)
         try:
@@ -87,6 +86,9 @@ def write_shard(job: Job, number: int) -> None:
                 last = stop[1] if segment == stop[0] else None
                 _Rows(job, segment, split).write(writer, first, last)
             entry = writer.close()
+        except OSError as error:
+            error.filename = error.filename or str(job.output)  # a full disk names none
+            raise
         finally:
             writer.abandon()
         assert entry is not None

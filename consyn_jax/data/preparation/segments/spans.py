@@ -68,7 +68,9 @@ def plan(job: Job, cuts: dict[int, list[Position]]) -> list[Start]:
         size += source.num_bytes
         if positions := cuts.get(number):
             starts += [(number, position) for position in positions]
-            size = job.segment_bytes  # the next source begins a segment
+            # The next source begins a segment, unless it is less than half of one: then it
+            # belongs to the last part of this source.
+            size = job.segment_bytes
     return starts
 
 

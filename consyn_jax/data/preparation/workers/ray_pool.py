@@ -15,25 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from consyn_jax.data.preparation.workers import ray_worker
 from consyn_jax.data.preparation.workers.messages import (
     WorkerSettings,
     block_head,
     result_from,
 )
 from consyn_jax.data.preparation.workers.ordered_results import Workers, in_order
-from consyn_jax.data.preparation.workers.ray_cluster import (
-    Processors,
-    connect,
-    disconnect,
-    errors_as_sentences,
-    other_versions,
-    strangers,
-)
-from consyn_jax.data.preparation.workers.ray_worker import Answer, versions
+from consyn_jax.data.preparation.workers.ray_calls import RayCalls
+from consyn_jax.data.preparation.workers.ray_worker import Answer
 from consyn_jax.data.preparation.workers.worker import Result
 from consyn_jax.data.sources.reader import Block
 
-RETRIES = 5  # retries of a task whose worker or node was lost
 MOST_BYTES = 512 << 20  # size of all blocks in progress, in the object store of this node
 
 
@@ -52,16 +45,12 @@ class RayPool(Workers):
 
     def __init__(self, count: int | None, settings: WorkerSettings, address: str | None) -> None:
         self._settings = settings
-        shared = json.dumps({"settings": settings.to_json(), "versions": versions()}).encode()
+        shared = json.dumps(settings.to_json()).encode()
         self._key = hashlib.sha256(shared).hexdigest()
-        self._ray = connect(address, count)
+        self._calls = RayCalls(count, address, "block")
         try:
-            with errors_as_sentences(self._ray, RETRIES):
-                # Each worker reads an array in place; bytes would be copied for each task.
-                self._shared = self._ray.put(np.frombuffer(shared, np.uint8))
-            task = _task(strangers())
-            self._task = self._ray.remote(num_cpus=1, max_retries=RETRIES)(task)
-            self._processors = Processors(self._ray, count)
+            # Each worker reads an array in place; bytes would be copied for each task.
+            self._shared = self._calls.put(np.frombuffer(shared, np.uint8))
         except BaseException:
             self.close()
             raise
@@ -75,23 +64,20 @@ class RayPool(Workers):
 
     def close(self) -> None:
         """Leave the cluster, which ends all tasks; stop Ray if this process started it."""
-        disconnect(self._ray)
+        self._calls.close()
 
     def _submit(self, block: Block) -> _Task:
         head = json.dumps(block_head(block))
-        with errors_as_sentences(self._ray, RETRIES):
-            # The future fetches the result as soon as it exists, while other results are written.
-            future = self._task.remote(self._key, self._shared, head, block.data).future()
+        given = (self._key, self._shared, head, block.data)
+        future = self._calls.start(ray_worker.__name__, "work", *given)
         return _Task(future, lambda answer: self._result(block, answer))
 
     def _most(self) -> int:
-        return 2 * self._processors.count() + 1
+        return 2 * self._calls.processors + 1
 
-    def _result(self, block: Block, future: Future[Answer]) -> Result:
-        with errors_as_sentences(self._ray, RETRIES):
-            head, arrays = future.result()
-        if "differ" in head:
-            raise other_versions(head["node"], head["differ"])
+    def _result(self, block: Block, future: Future[Any]) -> Result:
+        answer: Answer = self._calls.result(future)
+        head, arrays = answer
         if not head["fault"]:
             return result_from(head, arrays)
         # A fault ends the preparation. Process the block again on this machine, because a message
@@ -102,7 +88,7 @@ class RayPool(Workers):
 class _Task:
     """The result of a Ray task that may still be running; implements `Pending`."""
 
-    def __init__(self, future: Future[Answer], result: Callable[[Future[Answer]], Result]) -> None:
+    def __init__(self, future: Future[Any], result: Callable[[Future[Any]], Result]) -> None:
         self._future, self._result = future, result
 
     def done(self) -> bool:
@@ -112,21 +98,3 @@ class _Task:
     def result(self) -> Result:
         """Wait for the result of the task."""
         return self._result(self._future)
-
-
-def _task(strangers: list[str]) -> Callable[[str, np.ndarray, str, bytes], Answer]:
-    """Make the function that Ray runs for each block.
-
-    Ray sends the code of a local function to the nodes. So a node that lacks this package can
-    still start the function, and fails with an import error that names the package.
-    """
-
-    def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
-        import sys
-
-        sys.path[:] = [place for place in sys.path if place not in strangers]
-        from consyn_jax.data.preparation.workers import ray_worker
-
-        return ray_worker.work(key, shared, head, data)
-
-    return work

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 from functools import cache
 from pathlib import Path
 
@@ -23,11 +22,7 @@ from consyn_jax.data.preparation.workers.messages import (
 from consyn_jax.data.preparation.workers.worker import Worker
 
 Answer = tuple[Head, list[np.ndarray]]
-"""The result of a block, as `result_head` returns it.
-
-If versions differ between this node and the main process, the head has other keys: "node", the name
-of this host, and "differ", the result of `differences`.
-"""
+"""The result of a block, as `result_head` returns it."""
 
 _workers: dict[str, Worker] = {}
 
@@ -37,16 +32,13 @@ def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
 
     Args:
         key: hash of `shared`, under which the worker is kept.
-        shared: JSON with the settings and the versions of the main process.
+        shared: JSON with the settings of the main process.
         head: `block_head` of the block, as JSON.
     """
     if key not in _workers:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Ray counts this task as one processor
-        values = json.loads(shared.tobytes())
-        if differ := differences(values["versions"]):
-            return {"node": socket.gethostname(), "differ": differ}, []
         _workers.clear()
-        _workers[key] = WorkerSettings.from_json(values["settings"]).worker()
+        _workers[key] = WorkerSettings.from_json(json.loads(shared.tobytes())).worker()
     return result_head(_workers[key].work(block_from(json.loads(head), data)))
 
 

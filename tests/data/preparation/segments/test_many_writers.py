@@ -1,143 +1,31 @@
-"""Many writers make the bytes of one writer, whatever the data and wherever they were stopped."""
+"""Many writers make the bytes of one writer, whatever the data."""
 
-import csv
 import gzip
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+import resource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
+from segment_stores import Stops, assert_same, by_many, by_one, files, texts
 
-from consyn_jax.data.preparation import build
 from consyn_jax.data.preparation.cached_store import prepare
-from consyn_jax.data.preparation.segments import duplicates, engines, many_writers, phases, spans
+from consyn_jax.data.preparation.segments import (
+    duplicates,
+    engines,
+    many_writers,
+    partitions,
+    phases,
+    spans,
+)
 from consyn_jax.data.preparation.segments.job import Job
-from consyn_jax.data.preparation.segments.many_writers import TasksHere
-from consyn_jax.data.preparation.workers import worker
-from consyn_jax.data.sources import chunking, json_reader, reader, text_reader
-from consyn_jax.data.store import TokenStoreWriter, file_hashes
+from consyn_jax.data.sources import json_reader
+from consyn_jax.data.store import file_hashes
 from consyn_jax.data.store.file_hashes import hash_of
-from consyn_jax.errors import UserError
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
-from consyn_jax.tokenization import BPETokenizer
-
-SHARD_TOKENS = 40_000
-SEGMENT_BYTES = 20_000
-RULES: dict[str, Any] = {
-    "tokenizer": "bytes",
-    "near_duplicates": 0.8,
-    "validation_fraction": 0.1,
-    "on_bad_rows": "skip",
-    "invalid_utf8": "replace",
-    "num_workers": 0,
-}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small blocks, segments and shards; the ids of the tokenizer "bytes", quickly."""
-    monkeypatch.setattr(
-        BPETokenizer,
-        "encode_batch",
-        lambda self, texts, after=None: [list(text.encode()) for text in texts],
-    )
-    monkeypatch.setattr(chunking, "PART_BYTES", 8000)
-    for module in (chunking, text_reader, worker):
-        monkeypatch.setattr(module, "LIMIT", 9000)
-    for module in (reader, text_reader, json_reader):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 6000)
-    monkeypatch.setattr(
-        build,
-        "TokenStoreWriter",
-        lambda *given, **named: TokenStoreWriter(*given, **named, shard_tokens=SHARD_TOKENS),
-    )
-    monkeypatch.setattr(many_writers, "SHARD_TOKENS", SHARD_TOKENS)
-    monkeypatch.setattr(many_writers, "LEAST_SEGMENT_BYTES", SEGMENT_BYTES)
-
-
-def texts(count: int, words: int, seed: int = 1) -> list[str]:
-    rng = random.Random(seed)
-    known = ["tokens", "lie", "in", "shards", "é", "e\u0301", "日本", "and", "\x07", "documents"]
-    return [
-        " ".join(rng.choice(known) + str(rng.randrange(90)) for _ in range(rng.randrange(words)))
-        for _ in range(count)
-    ]
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
-def by_many(data: Path, output: Path, **more: Any) -> dict[str, bytes]:
-    engine = EngineOptions(shared_directory=str(output.parent / "shared"))
-    rules = CorpusOptions(data=(str(data),), **{**RULES, **more})
-    prepare(rules, output=output, test_fraction=0.05, engine=engine)
-    assert list((output.parent / "shared").iterdir()) == []
-    return files(output)
-
-
-def by_one(data: Path, output: Path, **more: Any) -> dict[str, bytes]:
-    rules = CorpusOptions(data=(str(data),), **{**RULES, **more})
-    prepare(rules, output=output, test_fraction=0.05)
-    return files(output)
-
-
-def assert_same(data: Path, place: Path, **more: Any) -> dict[str, Any]:
-    """Compare both stores; return the report."""
-    expected = by_one(data, place / "one", **more)
-    found = by_many(data, place / "many", **more)
-    assert sorted(found) == sorted(expected)
-    assert [name for name in found if found[name] != expected[name]] == []
-    report: dict[str, Any] = json.loads(expected["report.json"])
-    return report
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Files of every dataset type, with exact and near duplicates and texts of several segments."""
-    place = tmp_path / "corpus"
-    place.mkdir()
-    (place / "a.md").write_bytes(b"broken \xff bytes\n\n\n\n\n" + texts(1, 90)[0].encode())
-    (place / "b.txt.gz").write_bytes(
-        gzip.compress("\n\n\n".join(texts(150, 40, 2)).encode(), mtime=0)
-    )
-    rows = texts(400, 40, 3)
-    rows += rows[100:150] + [row + " nearly" for row in rows[:100]]
-    lines = [json.dumps({"text": row, f"key{n % 150}": n}) for n, row in enumerate(rows)]
-    for at in (5, 300, 301, 500):
-        lines[at] = '{"text": 5}'
-    (place / "c.jsonl").write_text("\n".join(lines))
-    (place / "d.json").write_text(
-        json.dumps([{"text": row} for row in texts(250, 40, 4)], indent=1)
-    )
-    chats = [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer or "no"}]
-        for prompt, answer in zip(texts(100, 9, 5), texts(100, 30, 6), strict=True)
-    ]
-    (place / "e.jsonl.gz").write_bytes(
-        gzip.compress("".join(json.dumps({"messages": c}) + "\n" for c in chats).encode(), mtime=0)
-    )
-    pairs = [{"prompt": row[:9], "completion": row[9:] or "."} for row in texts(150, 30, 7)]
-    (place / "f.ndjson").write_text("".join(json.dumps(pair) + "\n" for pair in pairs + pairs[:50]))
-    table = pyarrow.table({"text": texts(300, 40, 8), "other": list(range(300))})
-    pyarrow.parquet.write_table(table, place / "g.parquet", 50, compression="none")
-    with (place / "h.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "n"), *((row, 1) for row in texts(300, 40, 9) if row)])
-    long = "\n".join(texts(300, 60, 10))
-    (place / "i.txt").write_text(long)
-    (place / "j.txt").write_text(long)  # a duplicate in parts
-    (place / "k.txt").write_text("some\n\n\n" + long + " nearly\n\n\n" + long[:1000])
-    return place
 
 
 def test_every_dataset_type(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,104 +90,43 @@ def test_a_corpus_from_a_template_is_one_group(tmp_path: Path) -> None:
     assert 50 < report["dropped"]["near duplicate"] < 595
 
 
-class Stops(TasksHere):
-    """Stops after a number of tasks, as a killed command does, and counts them by phase."""
+def test_keys_are_grouped_in_pieces(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, made = list[int](), partitions.band_keys
 
-    def __init__(self, after: int) -> None:
-        self.left, self.ran = after, dict[str, list[int]]()
+    def band_keys(signatures: np.ndarray, threshold: float) -> np.ndarray:
+        sizes.append(len(signatures))
+        return made(signatures, threshold)
 
-    def run(
-        self, job: Job, phase: str, numbers: Sequence[int], done: Callable[[int], None]
-    ) -> None:
-        for number in numbers:
-            if not self.left:
-                (job.root / phase / ".0000009.0123456789abcdef.new").mkdir(parents=True)
-                raise KeyboardInterrupt
-            self.left -= 1
-            super().run(job, phase, [number], lambda _: None)
-            self.ran.setdefault(phase, []).append(number)
+    monkeypatch.setattr(partitions, "PIECE_KEYS", 5 * 18)
+    monkeypatch.setattr(partitions, "band_keys", band_keys)
+    report = assert_same(corpus / "c.jsonl", tmp_path)
+    assert report["dropped"]["near duplicate"]
+    assert max(sizes) == 5
+    assert sum(sizes) > 400
 
 
 @pytest.mark.slow
-def test_a_stopped_preparation_repeats_no_task(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = by_one(corpus, tmp_path / "one")
-    ran = list[tuple[str, int]]()
-    for after in [*range(1, 200, 9), 10_000]:
-        tasks = Stops(after)
-        monkeypatch.setattr(engines, "TasksHere", lambda tasks=tasks: tasks)
-        try:
-            found = by_many(corpus, tmp_path / "many")
-        except KeyboardInterrupt:
-            assert not (tmp_path / "many" / "manifest.json").exists()
-        ran += [(phase, number) for phase, numbers in tasks.ran.items() for number in numbers]
-        if tasks.left:
-            break
-    assert found == expected
-    assert len(ran) == len(set(ran))
-    assert {phase for phase, _ in ran} > {"cuts", "segments", "exact", "near", "kept", "shards"}
-
-
-@pytest.mark.slow
-def test_bad_rows_stop_and_may_be_skipped_then(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match=r"c\.jsonl:6 holds a number") as many:
-        by_many(corpus, tmp_path / "many", on_bad_rows="error")
-    with pytest.raises(UserError) as one:
-        by_one(corpus, tmp_path / "one", on_bad_rows="error")
-    assert str(many.value) == str(one.value)
+def test_many_segments_need_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = texts(200, 40)
+    rows += [*rows, *(row + " nearly" for row in rows)]  # so that each partition finds some
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    monkeypatch.setattr(json_reader, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(many_writers, "LEAST_SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(many_writers, "LEAST_PARTITIONS", 48)
+    by_one(path, tmp_path / "warm")  # imports what is imported late
     tasks = Stops(10_000)
     monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
-    assert by_many(corpus, tmp_path / "many") == by_one(corpus, tmp_path / "one")
-    assert min(tasks.ran["segments"]) > 0
-
-
-@pytest.mark.slow
-def test_another_command_takes_over(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """One writer after many, and many after one; other data in the same directory is refused."""
-    monkeypatch.setattr(engines, "TasksHere", lambda: Stops(20))
-    with pytest.raises(KeyboardInterrupt):
-        by_many(corpus, tmp_path / "many")
-    with pytest.raises(UserError, match="an unfinished token store, made from other data"):
-        by_one(corpus / "c.jsonl", tmp_path / "many")
-    expected = by_one(corpus, tmp_path / "one")
-    assert by_one(corpus, tmp_path / "many") == expected
-
-
-def test_shards_that_are_gone_are_made_again(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = corpus / "c.jsonl"
-    expected = by_one(path, tmp_path / "one")
-    monkeypatch.setattr(many_writers.ManyWriters, "remove", lambda self: None)
-    engine = EngineOptions(shared_directory=str(tmp_path / "shared"))
-    for lost in ("train-00000.tokens", "train-00001.index"):
-        rules = CorpusOptions(data=(str(path),), **RULES)
-        prepare(rules, output=tmp_path / "many", test_fraction=0.05, engine=engine)
-        assert files(tmp_path / "many") == expected
-        (tmp_path / "many" / "manifest.json").unlink()
-        (tmp_path / "many" / "preparing").mkdir()
-        (tmp_path / "many" / lost).unlink()
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_named(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from consyn_jax.data.preparation.segments import job as jobs
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "shared"))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs.Draft, "finish", full)
-        with pytest.raises(UserError, match="No space left") as fault:
-            by_many(corpus, tmp_path / "many")
-    assert "Make room, and run the same command again; it continues." in str(fault.value)
-    assert not list((tmp_path / "shared").glob("*/*/.*"))
-    assert by_many(corpus, tmp_path / "many") == by_one(corpus, tmp_path / "one")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 25, hard))
+    try:
+        by_many(path, tmp_path / "many")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(tasks.ran["segments"]) > 45
 
 
 def test_a_node_that_does_not_see_the_files_says_so(tmp_path: Path) -> None:
@@ -338,20 +165,3 @@ def test_groups_are_those_of_a_union_find() -> None:
             low, high = sorted((root(a), root(b)))
             parent[high] = low
         assert duplicates._joined(pairs, count).tolist() == [root(x) for x in range(count)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("content", [None, "{", '{"root": "/"}'])
-def test_the_files_of_a_damaged_job_are_not_used(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
-) -> None:
-    path = corpus / "c.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(engines, "TasksHere", lambda: Stops(12))
-        with pytest.raises(KeyboardInterrupt):
-            by_many(path, tmp_path / "many")
-    (job,) = (tmp_path / "shared").glob("*/job.json")
-    for damaged in (tmp_path / "shared").glob("*/segments/*/arrays.bin"):
-        damaged.write_bytes(b"0")
-    job.unlink() if content is None else job.write_text(content)
-    assert by_many(path, tmp_path / "many") == by_one(path, tmp_path / "one")

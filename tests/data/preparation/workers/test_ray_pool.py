@@ -21,7 +21,8 @@ import pytest
 
 from consyn_jax.cli.prepare import main
 from consyn_jax.data.preparation.cached_store import prepare
-from consyn_jax.data.preparation.workers import ray_cluster, ray_pool, ray_worker
+from consyn_jax.data.preparation.segments import ray_tasks
+from consyn_jax.data.preparation.workers import ray_calls, ray_cluster, ray_pool, ray_worker
 from consyn_jax.data.preparation.workers.messages import WorkerSettings
 from consyn_jax.errors import UserError
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
@@ -107,7 +108,7 @@ def test_the_store_is_that_of_local_workers(ray: FakeRay, data: Path, tmp_path: 
     local = made(data, tmp_path / "local", EngineOptions(), num_workers=0)
     assert made(data, tmp_path / "ray", EngineOptions("ray")) == local
     assert ray.calls == ["task", "shutdown"]
-    assert ray.options == {"num_cpus": 1, "max_retries": ray_pool.RETRIES}
+    assert ray.options == {"num_cpus": 1, "max_retries": ray_calls.RETRIES}
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     cores = len(os.sched_getaffinity(0))
     expected = {"address": "local", "num_cpus": cores, "include_dashboard": False}
@@ -125,6 +126,28 @@ def test_many_writers_are_tasks_too(ray: FakeRay, data: Path, tmp_path: Path) ->
         made(data, tmp_path / "killed", shared)
     ray.failure = None
     assert made(data, tmp_path / "killed", shared) == local
+
+
+@pytest.mark.parametrize(("count", "most"), [(2, 2), (None, 3 * 5 // 4 + 1)])
+def test_so_many_tasks_are_in_progress(
+    ray: FakeRay,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int | None,
+    most: int,
+) -> None:
+    seen, wait = list[int](), ray_tasks.wait
+
+    def waiting(running: Any, **more: Any) -> Any:
+        seen.append(len(running))
+        return wait(running, **more)
+
+    monkeypatch.setattr(ray_tasks, "wait", waiting)
+    shared = EngineOptions("ray", None, str(tmp_path / "shared"))
+    made(data, tmp_path / "many", shared, num_workers=count)
+    assert max(seen) == most
+    assert ray.given["num_cpus"] == (count or len(os.sched_getaffinity(0)))
 
 
 def test_where_the_cluster_is(
@@ -311,8 +334,7 @@ def test_a_worker_is_made_once_for_the_settings(ray: FakeRay) -> None:
     again = WorkerSettings.from_json(json.loads(json.dumps(settings.to_json())))
     assert again.options == options
     assert again.tokenizer.sha256 == settings.tokenizer.sha256
-    values = json.dumps({"settings": settings.to_json(), "versions": ray_worker.versions()})
-    shared = np.frombuffer(values.encode(), np.uint8)
+    shared = np.frombuffer(json.dumps(settings.to_json()).encode(), np.uint8)
     head = json.dumps(ray_pool.block_head(ray_pool.Block("text", "a.txt", b"", 1, 0, (9, 2), 9)))
     results = [ray_worker.work(key, shared, head, b"one\ntwo\n") for key in ("a", "a", "b")]
     assert list(ray_worker._workers) == ["b"]
@@ -325,7 +347,10 @@ def test_the_users_directory_is_not_searched_for_imports(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(ray_worker, "work", lambda *given: (given, list(sys.path)))
-    _, path = ray_pool._task(ray_cluster.strangers())("key", None, "head", b"")  # type: ignore[arg-type]
+    work = ray_calls._task(ray_cluster.strangers())
+    answer = work(ray_worker.versions(), ray_worker.__name__, "work", "key", 1)
+    given, path = answer[2]
+    assert given == ("key", 1)
     assert str(tmp_path) not in path
 
 
