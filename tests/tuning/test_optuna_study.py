@@ -1,7 +1,9 @@
 """Optuna's side of a study: trials that nobody works on are taken up, and none is done twice."""
 
+import gc
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,10 @@ def test_a_database_may_hold_the_study(tmp_path: Path) -> None:
     assert [trial.number for trial in opened.trials] == [0]
     assert opened.address == url
     assert study(tmp_path / "run", storage=url, overwrite=True).trials == []
+    del opened
+    with warnings.catch_warnings():  # Optuna leaves closing its connections to the collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def test_a_storage_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
