@@ -178,12 +178,19 @@ def test_equal_logits_predict_nothing(
 
 
 def test_gradients_scale_with_the_cotangent(inputs: tuple[jax.Array, ...]) -> None:
+    """As those of float16's loss scale do, before they reach the layers below the head."""
     x, head, labels, mask = inputs
-    gradient = jax.jit(
-        jax.grad(lambda h, c: c * head_loss(x, h, labels, mask, V, Chunks(1000)).nll)
-    )
-    once, thrice = gradient(head, 1.0), gradient(head, 3.0)
-    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+    @jax.jit
+    def gradients(factor: float) -> tuple[jax.Array, jax.Array]:
+        def loss(x: jax.Array, head: jax.Array) -> jax.Array:
+            return factor * head_loss(x, head, labels, mask, V, Chunks(1000)).nll
+
+        return jax.grad(loss, argnums=(0, 1))(x, head)
+
+    for once, thrice in zip(gradients(1.0), gradients(3.0), strict=True):
+        assert np.any(once)
+        np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
 
 
 def test_bf16_keeps_the_loss_in_float32(inputs: tuple[jax.Array, ...]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from layouts import LAYOUTS, random_params
 from safetensors.numpy import save_file
 
+from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.errors import UserError
 from consyn_jax.model.lora import adapter_layout, merged
 from consyn_jax.model.parameters import Params
@@ -49,6 +50,21 @@ def test_an_adapter_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None
     config, _, adapter = written(tmp_path, kind)
     found = load_adapter(tmp_path / "adapter", config, OPTIONS)
     jax.tree.map(np.testing.assert_array_equal, found, adapter)
+
+
+def test_an_adapter_is_read_onto_the_devices_that_train_it(tmp_path: Path) -> None:
+    """As a run with --load_best_model_at_end reads its best/."""
+    config, _, adapter = written(tmp_path, "llama tied")
+    mesh = build_mesh({"data": 1, "fsdp": 4, "context": 1, "tensor": 2})
+    found = load_adapter(tmp_path / "adapter", config, OPTIONS, mesh)
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
+    for leaf, place in zip(
+        jax.tree.leaves(found),
+        jax.tree.leaves(adapter_layout(config, OPTIONS).shardings(mesh)),
+        strict=True,
+    ):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(found))
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:

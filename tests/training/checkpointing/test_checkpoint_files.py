@@ -9,6 +9,7 @@ from consyn_jax.training.checkpointing.checkpoint_files import (
     CHECKSUMS,
     damage,
     file_hash,
+    is_hollow,
     saved_steps,
 )
 
@@ -35,6 +36,25 @@ def test_a_link_is_a_fault_and_is_not_followed(checkpoint: Path, name: str) -> N
 def test_a_pipe_is_a_fault(checkpoint: Path) -> None:
     os.mkfifo(checkpoint / "state" / "pipe")
     assert str(damage(checkpoint)).startswith("state/pipe is a")
+
+
+def test_a_file_is_hollow_if_it_is_large_and_has_almost_no_content(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An intact checkpoint has files of any size; a small file can be read, whatever it has."""
+    monkeypatch.setattr("consyn_jax.training.checkpointing.checkpoint_files.LARGE", 1 << 20)
+    full, small, huge = (checkpoint / "state" / name for name in ("full", "small", "huge"))
+    with full.open("wb") as file:
+        file.write(os.urandom(3 << 20))
+        os.fsync(file.fileno())
+    for file, size in ((small, 1 << 20), (huge, 1 << 30)):
+        file.touch()
+        os.truncate(file, size)
+    assert [is_hollow(file) for file in (full, small, huge)] == [False, False, True]
+    huge.unlink()
+    with (checkpoint / CHECKSUMS).open("a") as sums:
+        sums.writelines(f"{file_hash(file)}  state/{file.name}\n" for file in (full, small))
+    assert damage(checkpoint) is None
 
 
 def test_no_name_drives_the_terminal(checkpoint: Path) -> None:

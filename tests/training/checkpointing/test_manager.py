@@ -707,6 +707,31 @@ def test_a_run_that_ends_leaves_the_hook_to_those_beside_it(
     assert sys.unraisablehook is before
 
 
+@pytest.mark.parametrize("failing", ["write", "read", None])
+def test_what_orbax_abandoned_ends_unheard_after_the_run(
+    failing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    """Its threads may raise errors until Python ends: the hook stays, and closing waits for them."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    waits = Mock(wraps=module.outlast_abandoned_work)
+    monkeypatch.setattr(module, "outlast_abandoned_work", waits)
+    checkpoints = Checkpoints(tmp_path, warn=warnings.append)
+    save(checkpoints, 1)
+    with monkeypatch.context() as patch:
+        if failing == "write":
+            refusing(patch, tmp_path, 3, errno.ENOSPC)
+            checkpoints.save(2, state_of(2), {})
+            checkpoints.wait()
+        elif failing == "read":
+            patch.setattr(module, "read_state", Mock(side_effect=ValueError("another version")))
+            with pytest.raises(UserError, match="cannot be restored: another version"):
+                checkpoints.restore(1, like(state_of(1)))
+    checkpoints.close()
+    assert len(warnings) == (failing == "write")
+    assert waits.call_count == (failing is not None)
+    assert isinstance(sys.unraisablehook, WithoutAbandonedWork) == (failing is not None)
+
+
 def test_a_step_that_is_being_saved_is_not_saved_twice(checkpoints: Checkpoints) -> None:
     """A signal that comes right behind a save asks for one."""
     checkpoints.save(1, state_of(1), {"step": 1})
