@@ -57,6 +57,13 @@ def test_texts_are_written_in_utf_8_in_every_locale(module: Path) -> None:
     assert [call for call in writes if call.get("encoding") != "'utf-8'"] == []
 
 
+def test_every_room_is_in_the_tree_of_the_structure_page() -> None:
+    page = (PACKAGE.parent / "docs" / "design" / "structure.md").read_text()
+    tree = re.findall(r"[a-z0-9_]+(?=/)", page)
+    rooms = {path.parent.name for path in PACKAGE.rglob("__init__.py")} - {PACKAGE.name}
+    assert sorted(rooms - set(tree)) == []
+
+
 def test_a_room_has_few_files() -> None:
     rooms = Counter(module.parent for module in MODULES if module.name != "__init__.py")
     assert {str(room): count for room, count in rooms.items() if count > ROOM_FILES} == {}

@@ -361,7 +361,7 @@ def build_program(
     """Build the programs for resolved options on `devices`, which need not be present.
 
     Args:
-        length: Tokens per sequence.
+        length: Tokens in a row of a batch.
         devices: Devices of this machine, or of a described topology.
         machine: The machine with the devices; None for this machine.
 
