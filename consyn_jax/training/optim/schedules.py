@@ -211,14 +211,14 @@ def countable(steps: int) -> int:
 def count_steps(
     budget: BudgetOptions,
     optimizer: OptimizerOptions,
-    tokens_per_sequence: int,
-    sequences_per_epoch: int | None,
+    tokens_per_row: int,
+    rows_per_epoch: int | None,
 ) -> int:
     """Count the steps to the first limit of a run; with `--decay_from`, to the end of the decay.
 
     Args:
-        tokens_per_sequence: Tokens in a row of a batch.
-        sequences_per_epoch: Sequences in an epoch; None if unknown.
+        tokens_per_row: Tokens in a row of a batch.
+        rows_per_epoch: Rows in an epoch; None if unknown.
 
     Raises:
         UserError: The run has no limit, or too many steps.
@@ -228,9 +228,9 @@ def count_steps(
         return decay_end(optimizer.decay_from, optimizer.decay_ratio)
     limits = [] if budget.max_steps is None else [budget.max_steps]
     if budget.total_tokens is not None:
-        limits.append(math.ceil(budget.total_tokens / (size * tokens_per_sequence)))
-    if budget.epochs is not None and sequences_per_epoch is not None:
-        limits.append(max(1, math.ceil(budget.epochs * sequences_per_epoch / size)))
+        limits.append(math.ceil(budget.total_tokens / (size * tokens_per_row)))
+    if budget.epochs is not None and rows_per_epoch is not None:
+        limits.append(max(1, math.ceil(budget.epochs * rows_per_epoch / size)))
     if not limits:
         raise UserError(
             "The length of an epoch of this iterable is unknown: give max_steps or total_tokens."
