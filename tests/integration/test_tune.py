@@ -34,7 +34,8 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 def flags(corpus: Path, output: Path, *more: object) -> list[str]:
     given = [*TINY, "--validation_fraction", "0.2", "--data", corpus, "--output", output]
-    return [str(word) for word in [*given, "--sampler", "random", *SEARCH, *more]]
+    search = [] if "--search" in more else SEARCH
+    return [str(word) for word in [*given, "--sampler", "random", *search, *more]]
 
 
 def trials(output: Path) -> dict[int, str]:
