@@ -38,7 +38,6 @@ from consyn_jax.tuning.study_directory import (
     best_directory,
     delete_study,
 )
-from consyn_jax.tuning.study_identity import mark_trial
 from consyn_jax.tuning.study_page import study_page
 from consyn_jax.tuning.study_results import (
     DONE,
@@ -164,7 +163,6 @@ class Tuning:
 
     def _train(self, claim: Claim, lanes: int, lane: Lane | None) -> str:
         path = self.output / TRIALS_DIRECTORY / f"{claim.number:04}"
-        mark_trial(path, self.study.identity, claim.values)
         settings = self._trial_settings(claim.values, path, is_alone=lane is None)
         header = [
             ("trial", f"{claim.number}, in {path}"),
