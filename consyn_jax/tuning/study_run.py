@@ -31,9 +31,22 @@ from consyn_jax.tuning.lanes.lane_programs import LanePrograms, pays, step_secon
 from consyn_jax.tuning.optuna_study import Claim, OptunaStudy, grid_size
 from consyn_jax.tuning.search_space import as_text, check_corners, parse_search
 from consyn_jax.tuning.shared_programs import SharedPrograms
-from consyn_jax.tuning.study_directory import BEST, PAGE, RECIPE, TRIALS_DIRECTORY, delete_study
+from consyn_jax.tuning.study_directory import (
+    PAGE,
+    RECIPE,
+    TRIALS_DIRECTORY,
+    best_directory,
+    delete_study,
+)
 from consyn_jax.tuning.study_page import study_page
-from consyn_jax.tuning.study_results import DONE, StudyResults, recipe, results_of, table
+from consyn_jax.tuning.study_results import (
+    DONE,
+    StudyResults,
+    check_results,
+    recipe,
+    results_of,
+    table,
+)
 from consyn_jax.tuning.trial_run import TrialRun
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, parse_lanes, seconds
@@ -97,6 +110,7 @@ class Tuning:
 
         Raises:
             Interrupted: a signal ended the current trials; the same command continues them.
+            Diverged, UserError: no trial is done; see `check_results`.
         """
         self._print_header()
         if self.options.vectorize is None:
@@ -106,6 +120,7 @@ class Tuning:
             run_lanes(lanes, partial(self._work, lanes))
         results = self.write_results()
         self._print_end(results)
+        check_results(results, self.output)
         return results
 
     def _num_lanes(self, asked: str) -> int:
@@ -209,7 +224,8 @@ class Tuning:
             write_whole(self.output / PAGE, page.encode("utf-8", "replace"))
             if (best := results.best) is not None:
                 run, origins = self.varied.with_values(best.values)
-                saving = replace(run.saving, output=str(self.output / BEST), overwrite=False)
+                path = best_directory(self.output, best.number, run)
+                saving = replace(run.saving, output=str(path), overwrite=False)
                 text = recipe(results, best, replace(run, saving=saving), origins)
                 write_whole(self.output / RECIPE, text)
         except OSError as error:
@@ -260,7 +276,9 @@ class Tuning:
                 "Next:",
                 f"  {self.command}",
             ]
-        where = f"Everything is in {self.output}: {PAGE}, {RECIPE}, {TRIALS_DIRECTORY}/."
+        names = [PAGE, *([RECIPE] if best is not None else [])]
+        names += [f"{TRIALS_DIRECTORY}/"] if (self.output / TRIALS_DIRECTORY).is_dir() else []
+        where = f"Everything is in {self.output}: {', '.join(names)}."
         with Console(quiet=self.quiet) as console:
             console.finish([*lines, where])
 
