@@ -29,16 +29,27 @@ from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
 from consyn_jax.tuning.lanes.lane_programs import LanePrograms, pays, step_seconds
 from consyn_jax.tuning.optuna_study import Claim, OptunaStudy, grid_size
-from consyn_jax.tuning.search_space import as_text, check_corners, parse_search
+from consyn_jax.tuning.search_space import as_text, parse_search
 from consyn_jax.tuning.shared_programs import SharedPrograms
+from consyn_jax.tuning.space_checks import check_space
 from consyn_jax.tuning.study_directory import BEST, PAGE, RECIPE, TRIALS_DIRECTORY, delete_study
 from consyn_jax.tuning.study_page import study_page
-from consyn_jax.tuning.study_results import DONE, StudyResults, recipe, results_of, table
+from consyn_jax.tuning.study_results import (
+    DONE,
+    FAILED,
+    FAILURE,
+    OUTCOME,
+    StudyResults,
+    recipe,
+    results_of,
+    table,
+)
 from consyn_jax.tuning.trial_run import TrialRun
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, parse_lanes, seconds
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
+MOST_FAILURES = 5  # trials after which a study in which all trials fail ends
 SAVE_MINUTES = 5.0  # between checkpoints of a trial, unless a flag says otherwise
 
 
@@ -71,9 +82,7 @@ class Tuning:
         self.space = parse_search(config.study.search)
         trainer = ConsynTrainer(**trainer_inputs(base))
         steps = trainer.total_steps
-        check_corners(
-            self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps)
-        )
+        check_space(self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps))
         evaluations = _num_evaluations(trainer, self.options)
         if config.saving.overwrite:
             delete_study(self.output)
@@ -106,7 +115,19 @@ class Tuning:
             run_lanes(lanes, partial(self._work, lanes))
         results = self.write_results()
         self._print_end(results)
+        if reason := self._all_failed(results):
+            raise UserError(
+                f"All {len(results.trials)} trials failed, the last one because: {reason} Then "
+                "start again with --overwrite."
+            )
         return results
+
+    def _all_failed(self, results: StudyResults, least: int = 1) -> str | None:
+        """The reason of the last failure if there are this many trials, and all of them failed."""
+        trials = results.trials
+        if len(trials) < least or any(trial.outcome != FAILED for trial in trials):
+            return None
+        return str(self.study.trials[-1].user_attrs.get(FAILURE, "unknown."))
 
     def _num_lanes(self, asked: str) -> int:
         """Number of trials to train side by side, given by `--vectorize` or measured."""
@@ -132,6 +153,8 @@ class Tuning:
             lane: the lane that calls this method; None without lanes.
         """
         while time.monotonic() < self.deadline and not (lane and lane.signals.received):
+            if self._all_failed(self.results(), MOST_FAILURES):
+                break
             claim = self.study.claim(self.limit)
             if claim is None:
                 break
@@ -160,7 +183,12 @@ class Tuning:
             trainer = TrialTrainer(shared, header, signals, **inputs)
             return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
         except UserError as error:
-            raise UserError(f"Trial {claim.number}: {error}") from error
+            if _is_of_machine(error):
+                raise UserError(f"Trial {claim.number}: {error}") from error
+            for name, value in ((OUTCOME, FAILED), (FAILURE, str(error))):
+                claim.trial.set_user_attr(name, value)
+            self.study.tell(claim, None)
+            return FAILED
 
     def _trial_settings(self, values: Mapping[str, Any], path: Path, is_alone: bool) -> Settings:
         """Settings of a trial's run, which exports no model and saves checkpoints by time."""
@@ -242,6 +270,8 @@ class Tuning:
         values = ", ".join(f"{name} {as_text(value)}" for name, value in claim.values.items())
         value = "no value" if trial.value is None else f"{self.metric} {decimals(trial.value)}"
         end = "" if outcome == DONE else f", {outcome} at step {trial.step:,} of {trial.steps:,}"
+        if outcome == FAILED:
+            end = f", failed: {self.study.trials[claim.number].user_attrs[FAILURE]}"
         mark = " (best)" if results.best is trial else ""
         with Console(quiet=self.quiet) as console:
             console.note(f"Trial {claim.number}: {values}: {value}{end}{mark}")
@@ -263,6 +293,14 @@ class Tuning:
         where = f"Everything is in {self.output}: {PAGE}, {RECIPE}, {TRIALS_DIRECTORY}/."
         with Console(quiet=self.quiet) as console:
             console.finish([*lines, where])
+
+
+def _is_of_machine(error: UserError) -> bool:
+    """Whether a trial failed for want of a file or a package, and not because of its values."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, OSError | ImportError):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
