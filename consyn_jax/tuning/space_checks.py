@@ -112,7 +112,7 @@ def _instead(dimension: Dimension, good: Sequence[int], is_complete: bool) -> st
     return f"Write --search {name}={','.join(map(str, shown))}."
 
 
-# ------------------------------------------------------------------------------ flags without effect
+# ----------------------------------------------------------------------------- flags without effect
 
 
 def _scheduler(*names: str) -> Callable[[RunConfig], str | None]:

@@ -171,12 +171,12 @@ class Tuning:
 
     def _train(self, claim: Claim, lanes: int, lane: Lane | None) -> str:
         path = self.output / TRIALS_DIRECTORY / f"{claim.number:04}"
-        settings = self._trial_settings(claim.values, path, is_alone=lane is None)
         header = [
             ("trial", f"{claim.number}, in {path}"),
             *((name, as_text(value)) for name, value in claim.values.items()),
         ]
         try:
+            settings = self._trial_settings(claim.values, path, is_alone=lane is None)
             inputs, shared, signals = self.trainer_inputs(settings), self.shared, None
             if lane is not None:
                 shared, signals = LanePrograms(shared, lanes, lane), lane.signals

@@ -48,7 +48,7 @@ GROWTH = 1.1  # `auto` doubles the lanes if the steps per second grow by at leas
 FEWEST, MEASURED_S = 4, 1.0  # a measurement takes at least this many steps and seconds
 # Flags with one value that needs another program, and advice to leave this value out.
 _REMEDIES = {
-    **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),
+    **dict.fromkeys(("dropout", "label_smoothing", "momentum", "z_loss"), "Begin it above 0"),
     "scheduler": "Remove plateau from its values",
 }
 
