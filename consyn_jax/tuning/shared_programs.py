@@ -7,7 +7,7 @@ train step. Here they are arrays in the batch, under the key `NUMBERS`. The code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.program_arguments import is_used
 from consyn_jax.training.run.identity import SCHEDULE_FLAGS
 from consyn_jax.training.step import Batch, Metrics, Step, TrainState, new_scales
+from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.varied_run import VariedRun
 from consyn_jax.validation import parse_multipliers
 
 NUMBERS = "numbers"  # key in a batch: a trial's numeric hyperparameters by flag, and its rates
@@ -119,6 +121,16 @@ def constants_of(run: RunConfig) -> Hashable:
         tuple(sorted(parse_multipliers(options.lr_multipliers))),
     )
     return constants, features
+
+
+def flags_of_programs(space: Sequence[Dimension], varied: VariedRun) -> list[Dimension]:
+    """The searched flags whose values are constants of the program, so that each is compiled."""
+    first, found = {dimension.name: dimension.ends[0] for dimension in space}, []
+    for dimension in space:
+        runs = (varied.with_values({**first, dimension.name: end})[0] for end in dimension.ends)
+        if len({constants_of(run) for run in runs}) > 1:
+            found.append(dimension)
+    return found
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from consyn_jax.training.run.step_end import interval
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
 from consyn_jax.tuning.lanes.lane_programs import LanePrograms, pays, step_seconds
-from consyn_jax.tuning.optuna_study import Claim, OptunaStudy, grid_size
+from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
 from consyn_jax.tuning.search_space import as_text, parse_search
-from consyn_jax.tuning.shared_programs import SharedPrograms
-from consyn_jax.tuning.space_checks import check_space
+from consyn_jax.tuning.shared_programs import SharedPrograms, flags_of_programs
+from consyn_jax.tuning.space.space_checks import check_space
+from consyn_jax.tuning.space.untried_points import num_points
 from consyn_jax.tuning.study_directory import BEST, PAGE, RECIPE, TRIALS_DIRECTORY, delete_study
 from consyn_jax.tuning.study_page import study_page
 from consyn_jax.tuning.study_results import (
@@ -96,7 +97,8 @@ class Tuning:
             seed=config.budget.seed,
             overwrite=config.saving.overwrite,
         )
-        self.limit = _limit(self.options, grid_size(self.space))
+        self.points = num_points(self.space) or math.inf
+        self.limit = min(_limit(self.options), self.points)
         budget = self.options.time_budget
         self.deadline = math.inf if budget is None else began + seconds(budget)
         self.quiet = config.logging.quiet
@@ -254,16 +256,28 @@ class Tuning:
 
     def _print_header(self) -> None:
         so_far = self.results()
-        limit = "no limit" if math.isinf(self.limit) else f"{self.limit:.0f}"
+        limit = "no limit" if math.isinf(self.limit) else f"{self.limit:,.0f}"
+        if self.limit == self.points:
+            limit += ", one for each point of the search space"
         rows = [
             ("search", " ".join(dimension.text() for dimension in self.space)),
             ("metric", f"{self.metric}, {'highest' if self.maximize else 'lowest'}"),
             ("method", f"{self.options.sampler} sampler, {self.options.pruner} pruner"),
             ("trials", f"{limit}; {len(so_far.trials)} so far"),
+            *self._notes(),
             ("study", f"optuna-dashboard {shlex.quote(self.study.address)}"),
         ]
         with Console(quiet=self.quiet) as console:
             console.header(rows, "consyn-tune")
+
+    def _notes(self) -> list[tuple[str, str]]:
+        """Header rows about flags that are compiled, and about values that a search replaces."""
+        rows, replaced = [], [d.name for d in self.space if ", instead" in self.base[1][d.name]]
+        if compiled := [d.name for d in flags_of_programs(self.space, self.varied)]:
+            rows.append(("compiled", f"again for each value of {', '.join(compiled)}"))
+        if replaced:
+            rows.append(("replaced", f"by --search in --config: {', '.join(replaced)}"))
+        return rows
 
     def _note(self, claim: Claim, outcome: str, results: StudyResults) -> None:
         trial = results.trials[claim.number]
@@ -281,6 +295,11 @@ class Tuning:
             show(line)
         running = [trial for trial in results.trials if trial.outcome == "running"]
         lines = []
+        if len(results.trials) >= self.points:
+            lines.append(
+                f"The search space has {self.points:,.0f} points, and all have been tried. Widen "
+                "--search in another --output to try more."
+            )
         if running:
             lines.append(f"Trials running in other processes: {len(running)}.")
         if (best := results.best) is not None and best.value is not None:
@@ -331,14 +350,9 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     return found
 
 
-def _limit(options: StudyOptions, points: int) -> float:
-    """Maximum number of trials; infinite if only `--time_budget` limits the study.
-
-    Args:
-        points: number of points of the search grid, which limits the grid sampler.
-    """
-    if options.sampler == "grid":
-        return min(options.trials or points, points)
+def _limit(options: StudyOptions) -> float:
+    """Maximum number of trials; infinite if the study may try the whole search space."""
     if options.trials is not None:
         return options.trials
-    return TRIALS if options.time_budget is None else math.inf
+    is_limited = options.sampler != "grid" and options.time_budget is None
+    return TRIALS if is_limited else math.inf

@@ -27,7 +27,7 @@ from consyn_jax.tuning.ladder.ladder_options import (
 )
 from consyn_jax.tuning.ladder.model_family import ladder_shapes
 from consyn_jax.tuning.search_space import Dimension, parse_search
-from consyn_jax.tuning.space_checks import check_effects, check_space
+from consyn_jax.tuning.space.space_checks import check_effects, check_space
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SAMPLERS = ("tpe", "random", "qmc", "grid")

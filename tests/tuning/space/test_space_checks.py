@@ -9,7 +9,7 @@ from consyn_jax.optimizer_config import OPTIMIZERS, SCHEDULERS
 from consyn_jax.resolve import resolve
 from consyn_jax.training.optim.schedules import SCHEDULES
 from consyn_jax.tuning.search_space import Dimension, parse_search
-from consyn_jax.tuning.space_checks import (
+from consyn_jax.tuning.space.space_checks import (
     MOST_POINTS,
     MOST_VALUES,
     NO_EFFECT,
