@@ -36,9 +36,12 @@ AUTO = "auto"
 TRIALS = 20  # of a study without a limit
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Flags of training that a study does not support, with the reason.
-_NOT_HERE = {
+NOT_HERE = {
     "streaming": "a study prepares its data once, for all trials",
-    "distributed": "a trial runs in one process; start consyn-tune several times on one --output",
+    **dict.fromkeys(
+        ("distributed", "coordinator_address", "num_processes", "process_id", "rendezvous_seconds"),
+        "a trial runs in one process; start consyn-tune several times on one --output",
+    ),
     "decay_from": "a trial starts at step 0",
     "remote": "a study has many runs, but a bucket URL stores only one",
     "resume": "consyn-tune always continues the study in --output",
@@ -121,6 +124,7 @@ def resolve_tuning(
     of_flags, own = _split(given)
     of_file, own_of_file = _split(file or {})
     origin = f"file {file_name}"
+    _check_search_of_file(own_of_file.get("search", []), origin)
     values, origins = merge(StudyConfig, ((own_of_file, origin), (own, "flag")))
     own_settings = grouped(StudyConfig, values)
     study, ladder = own_settings.study, own_settings.ladder
@@ -145,6 +149,20 @@ def resolve_tuning(
         values["metric"] = config.evaluation.metric_for_best_model
         origins["metric"] = "metric_for_best_model"
     return grouped(TuneConfig, {**flat(config), **values}), {**run_origins, **origins}
+
+
+def _check_search_of_file(search: Any, origin: str) -> None:
+    """Check that `search` in a config file is a list of texts, as on the command line.
+
+    Raises:
+        UserError: it has another form, such as a mapping.
+    """
+    items = search if isinstance(search, list) else [search]
+    if not all(isinstance(item, str) and len(item.split()) == 1 for item in items):
+        raise UserError(
+            f"search ({origin}) must be a list of FLAG=VALUES. Write search: "
+            "['lr=1e-4:1e-2:log', 'optimizer=adamw,muon']."
+        )
 
 
 def _first_run(run: VariedRun, space: Sequence[Dimension]) -> Settings:
@@ -322,7 +340,7 @@ def _check_run(config: RunConfig) -> None:
         UserError: a study does not support a flag of the run, or there are no evaluations.
     """
     known = flags(RunConfig)
-    for name, reason in _NOT_HERE.items():
+    for name, reason in NOT_HERE.items():
         if getattr(getattr(config, known[name].group), name) != known[name].default:
             raise UserError(f"--{name} does not work with consyn-tune: {reason}. Leave it out.")
     data = config.data

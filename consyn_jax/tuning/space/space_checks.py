@@ -46,13 +46,13 @@ def check_space(
             refused.append((values, error))
     if not refused:
         return passed
-    values, error = refused[0]
-    if str(error) == str(plain):
-        raise error
+    values, first = refused[0]
+    if str(first) == str(plain):
+        raise first
     about = " ".join(f"--{name} {as_text(value)}" for name, value in values.items())
     advice = _advice(space, [values for values, _ in refused])
-    reason = str(error) if advice is None else f"{brief(error)}. {advice}"
-    raise UserError(f"A trial of --search with {about} is refused: {reason}") from error
+    reason = str(first) if advice is None else f"{brief(first)}. {advice}"
+    raise UserError(f"A trial of --search with {about} is refused: {reason}") from first
 
 
 def points_to_check(space: Sequence[Dimension]) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ class UntriedPoints:
         """All flags, because a point must be new as a whole."""
         return self._distributions
 
-    def sample_relative(self, study: Any, trial: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+    def sample_relative(self, study: Any, trial: Any, space: Any) -> dict[str, Any]:
         """Draw a point that no other trial has; if there is none, any point."""
         names = list(self._distributions)
         tried = {
