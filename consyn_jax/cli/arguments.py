@@ -253,7 +253,8 @@ def read(
 def parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse a command line into values by flag name.
 
-    Flags may be written with `_` or `-`. If a flag is given twice, the last value counts.
+    Flags may be written with `_` or `-`. If a flag is given twice, the last value counts; a flag
+    that takes several values gets the values of both.
 
     Raises:
         UserError: an unknown flag, or a flag without its value.
@@ -278,7 +279,7 @@ def parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
 
 def _arity(flag: Flag) -> dict[str, Any]:
     if flag.many:
-        return {"nargs": "+", "metavar": METAVARS[flag.name]}
+        return {"action": "extend", "nargs": "+", "metavar": METAVARS[flag.name]}
     if flag.type is bool:
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
     metavar = METAVARS.get(flag.name) or (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from consyn_jax.cli import arguments
 from consyn_jax.cli.arguments import build_parser, read
+from consyn_jax.cli.choices.backend_choice import check_backends
 from consyn_jax.cli.choices.model_choice import check_start, choose_model
 from consyn_jax.cli.choices.prepared_run import prepared_run
 from consyn_jax.cli.exit_codes import exit_code
@@ -53,7 +54,8 @@ examples:
   consyn-train --model verse --data corpus/ --batch_size 16 --output runs/verse
   consyn-train --config runs/verse/config.yaml --lr 3e-4 --output runs/other
 
-Defaults are in brackets. If a flag is given twice, the last one counts.
+Defaults are in brackets. If a flag is given twice, the last one counts; a flag
+of several values gets the values of both.
 Run the same command again to continue a run that was stopped.
 Exit codes: 0 done, 2 wrong input, 3 diverged, 4 differs from a run's record,
 75 interrupted and saved, 76 another process died, hangs or did not start,
@@ -88,7 +90,7 @@ def run(argv: Sequence[str]) -> None:
         from consyn_jax.distributed.heartbeat import heartbeat
 
         set_allocators()
-        _check_backends(config, origins)
+        check_backends(config, origins)
         with heartbeat(), _runtime(config, mode):
             train(config, origins, ACTIONS[mode], began=began)
 
@@ -178,14 +180,6 @@ def train(
         trainer = ConsynTrainer(**prepared.trainer_inputs(prepared.settings))
         trainer.began = began
         action(trainer)
-
-
-def _check_backends(config: RunConfig, origins: dict[str, str]) -> None:
-    """Import the user's callback classes in `--logging_backend`, before slow work."""
-    if any(":" in name for name in config.logging.logging_backend):
-        from consyn_jax.training.logging.tracking.backends import load_classes
-
-        load_classes(config.logging.logging_backend, origins["logging_backend"])
 
 
 def _check_directory(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consyn_jax.cli.arguments import build_parser, read
+from consyn_jax.cli.choices.backend_choice import check_backends
 from consyn_jax.cli.choices.prepared_run import prepared_run
 from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.text_encoding import start_in_utf8
@@ -34,8 +35,8 @@ examples:
 The flags of consyn-train that are listed work here, too; the flags in --search
 vary. Defaults are in brackets. Run the same command again to continue a study,
 or run it several times at once to share a study among processes.
-Exit codes: 0 done, 2 wrong input, 75 interrupted and saved, 130 and 143
-interrupted with nothing to save."""
+Exit codes: 0 done, 2 wrong input, 3 all trials diverged, 75 interrupted and
+saved, 130 and 143 interrupted with nothing to save."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +83,7 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
     varied, is_ladder = VariedRun.of(settings), config.ladder.ladder is not None
     if config.ladder.ladder is not None:
         settings = largest_size(varied, config.ladder.ladder)
+    check_backends(run, origins)
     with prepared_run(settings, lambda _: _check_study(config, varied)) as prepared:
         from consyn_jax.tuning.ladder.ladder_run import Ladder
         from consyn_jax.tuning.study_run import Tuning
@@ -99,7 +101,12 @@ def _check_study(config: TuneConfig, varied: VariedRun) -> None:
         from consyn_jax.tuning.optuna_study import import_optuna
 
         import_optuna()
-    check_output(Path(config.saving.output), config.saving.overwrite)
+    output, overwrite = Path(config.saving.output), config.saving.overwrite
+    check_output(output, overwrite)
+    if config.ladder.ladder is None and not overwrite:
+        from consyn_jax.tuning.study_identity import check_study
+
+        check_study(output, config.study.storage)
     if config.study.vectorize is not None:
         from consyn_jax.tuning.lanes.lane_programs import check_lanes
 

@@ -23,10 +23,12 @@ from consyn_jax.training.run.lock import RunLock, is_held
 from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.space.untried_points import UntriedPoints, num_points
 from consyn_jax.tuning.study_directory import CLAIMS, JOURNAL, STUDY
+from consyn_jax.tuning.study_identity import check_values, identify, trial_directories
 from consyn_jax.tuning.study_journal import check_trials, open_journal, refuse_links
 from consyn_jax.tuning.tune_options import StudyOptions
 
-DEFINITION = "definition"  # a user attribute of the study: the settings that all its trials share
+# User attributes of the study: the settings that all its trials share, and its identity.
+DEFINITION, IDENTITY = "definition", "identity"
 ASKING_S = 0.05  # seconds between two attempts to acquire the lock of `_asking`
 LARGEST_SEED = 2**32
 Definition = dict[str, Any]
@@ -94,6 +96,7 @@ class OptunaStudy:
             if overwrite and options.storage is not None:
                 with suppress(KeyError):  # there is none
                     self._optuna.delete_study(study_name=name, storage=storage)
+            self.identity = self._identify(storage, name, output)
             self.study = self._optuna.create_study(
                 study_name=name,
                 storage=storage,
@@ -101,8 +104,22 @@ class OptunaStudy:
                 pruner=self._pruner(options.pruner),
                 load_if_exists=True,
             )
+            if IDENTITY not in self.study.user_attrs:
+                self.study.set_user_attr(IDENTITY, self.identity)
             _check_definition(self.study, definition, output)
+        directories = trial_directories(output)  # before the trials, which are older
         check_trials(self.trials, space, f"The study in {self.address}")
+        check_values(directories, [trial.params for trial in self.trials])
+
+    def _identify(self, storage: Any, name: str, output: Path) -> str:
+        """Return the identity of the study, which its storage and its directory must share."""
+        stored, has_trials = None, False
+        with suppress(KeyError):  # the storage does not have the study yet
+            found = self._optuna.load_study(study_name=name, storage=storage)
+            stored = found.user_attrs.get(IDENTITY)
+            has_trials = bool(found.get_trials(deepcopy=False))
+        with _usable(output):
+            return identify(output, self._options.storage, stored, has_trials)
 
     @property
     def trials(self) -> list[Any]:

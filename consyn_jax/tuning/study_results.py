@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from consyn_jax.config import RunConfig
 from consyn_jax.config_file import describe
+from consyn_jax.errors import Diverged, UserError
 from consyn_jax.resolve import FOLLOWERS
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.tuning.search_space import Dimension, as_text
@@ -98,6 +100,29 @@ def results_of(
             )
         )
     return StudyResults(found, space, metric, maximize)
+
+
+def check_results(results: StudyResults, output: Path) -> None:
+    """Check that at least one trial is done, or may still be done by another process.
+
+    Raises:
+        Diverged: all trials have ended, and none is done, because some or all diverged.
+        UserError: no trial has begun, or all were ended early.
+    """
+    if not results.trials:
+        raise UserError(
+            f"--time_budget ended before the first trial of the study in {output} began. Raise it."
+        )
+    if results.best is None and not results.count(RUNNING):
+        ends = " and ".join(f"{n} {name}" for name in OUTCOMES if (n := results.count(name)))
+        start = f"No trial of the study in {output} is done: {ends}."
+        if not results.count(DIVERGED):
+            raise UserError(f"{start} Use --pruner none, or leave out the callback that ends them.")
+        ranges = " ".join(dimension.text() for dimension in results.space)
+        raise Diverged(
+            f"{start} Lower the ranges ({ranges}), above all of lr, and give another --output, or "
+            "--overwrite."
+        )
 
 
 def table(results: StudyResults, most: int = MOST_ROWS) -> list[str]:

@@ -33,7 +33,13 @@ from consyn_jax.tuning.search_space import as_text, parse_search
 from consyn_jax.tuning.shared_programs import SharedPrograms, flags_of_programs
 from consyn_jax.tuning.space.space_checks import check_space
 from consyn_jax.tuning.space.untried_points import num_points
-from consyn_jax.tuning.study_directory import BEST, PAGE, RECIPE, TRIALS_DIRECTORY, delete_study
+from consyn_jax.tuning.study_directory import (
+    PAGE,
+    RECIPE,
+    TRIALS_DIRECTORY,
+    best_directory,
+    delete_study,
+)
 from consyn_jax.tuning.study_page import study_page
 from consyn_jax.tuning.study_results import (
     DONE,
@@ -41,6 +47,7 @@ from consyn_jax.tuning.study_results import (
     FAILURE,
     OUTCOME,
     StudyResults,
+    check_results,
     recipe,
     results_of,
     table,
@@ -108,6 +115,7 @@ class Tuning:
 
         Raises:
             Interrupted: a signal ended the current trials; the same command continues them.
+            Diverged, UserError: no trial is done; see `check_results`.
         """
         self._print_header()
         if self.options.vectorize is None:
@@ -122,6 +130,7 @@ class Tuning:
                 f"All {len(results.trials)} trials failed, the last one because: {reason} Then "
                 "start again with --overwrite."
             )
+        check_results(results, self.output)
         return results
 
     def _all_failed(self, results: StudyResults, least: int = 1) -> str | None:
@@ -239,7 +248,8 @@ class Tuning:
             write_whole(self.output / PAGE, page.encode("utf-8", "replace"))
             if (best := results.best) is not None:
                 run, origins = self.varied.with_values(best.values)
-                saving = replace(run.saving, output=str(self.output / BEST), overwrite=False)
+                path = best_directory(self.output, best.number, run)
+                saving = replace(run.saving, output=str(path), overwrite=False)
                 text = recipe(results, best, replace(run, saving=saving), origins)
                 write_whole(self.output / RECIPE, text)
         except OSError as error:
@@ -295,9 +305,9 @@ class Tuning:
             show(line)
         running = [trial for trial in results.trials if trial.outcome == "running"]
         lines = []
-        if len(results.trials) >= self.points:
+        if len(results.trials) >= (points := num_points(results.space) or math.inf):
             lines.append(
-                f"The search space has {self.points:,.0f} points, and all have been tried. Widen "
+                f"The search space has {points:,.0f} points, and all have been tried. Widen "
                 "--search in another --output to try more."
             )
         if running:
@@ -309,7 +319,9 @@ class Tuning:
                 "Next:",
                 f"  {self.command}",
             ]
-        where = f"Everything is in {self.output}: {PAGE}, {RECIPE}, {TRIALS_DIRECTORY}/."
+        names = [PAGE, *([RECIPE] if best is not None else [])]
+        names += [f"{TRIALS_DIRECTORY}/"] if (self.output / TRIALS_DIRECTORY).is_dir() else []
+        where = f"Everything is in {self.output}: {', '.join(names)}."
         with Console(quiet=self.quiet) as console:
             console.finish([*lines, where])
 

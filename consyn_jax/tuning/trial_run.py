@@ -15,6 +15,7 @@ from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.training.run.directory import CHECKPOINTS
 from consyn_jax.training.run.step_end import interval
 from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
+from consyn_jax.tuning.study_identity import mark_trial
 from consyn_jax.tuning.study_results import DIVERGED, DONE, OUTCOME, PRUNED, STEP, STEPS
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 
@@ -51,7 +52,9 @@ class TrialRun:
 
         Raises:
             Interrupted: a signal ended the trial; another start continues it.
+            UserError: the run directory belongs to another study or trial.
         """
+        mark_trial(self.path, self.study.identity, self.claim.values)
         lines = self._reported_log()
         # An earlier process may have ended the run, or decided to end it, and been killed before it
         # reported this to the study.

@@ -221,6 +221,15 @@ def test_flags_can_be_written_in_several_ways(argv: list[str]) -> None:
     assert (config.budget.batch_size, config.optimizer.lr, origins["lr"]) == (4, 1e-4, "flag")
 
 
+def test_a_list_that_is_given_twice_has_the_values_of_both() -> None:
+    config, _, _ = read_arguments(["--data", "a", "b", "--data", "c", "--lr", "1", "--lr", "2"])
+    assert (config.data.data, config.optimizer.lr) == (("a", "b", "c"), 2.0)
+    with pytest.raises(UserError, match="--search has lr twice"):
+        importlib.import_module("consyn_jax.cli.tune").read_arguments(
+            ["--data", "a", "--search", "lr=1e-3:1e-2", "--search", "lr=1e-3:1e-2"]
+        )
+
+
 def test_bare_flags_have_a_value() -> None:
     config, _, _ = read_arguments(
         ["--quiet", "--overwrite", "false", "--gradient_checkpointing", "--data", "a", "b"]

@@ -19,6 +19,7 @@ from consyn_jax.data.store.token_files import UnusableError, read_head
 from consyn_jax.errors import UserError
 from consyn_jax.resolve import resolve
 from consyn_jax.training.preference.reference import FILE, _read, _write
+from consyn_jax.training.run.directory import STUDY_RECORD
 from consyn_jax.tuning.optuna_study import OptunaStudy
 from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.study_directory import JOURNAL, STUDY
@@ -27,6 +28,7 @@ from consyn_jax.tuning.study_results import DONE, OUTCOME, STEP, STEPS, results_
 from consyn_jax.tuning.tune_options import StudyOptions
 
 SPACE = [Dimension("lr", 1e-4, 1e-2, True), Dimension("optimizer", choices=("adamw", "muon"))]
+RECORD = '{"study": "0123456789abcdef", "storage": ""}'
 REFERENCE = {"train": np.zeros((3, 2), np.float32)}
 
 
@@ -78,6 +80,7 @@ def study_journal(data: bytes, here: Path) -> None:
     """The journal of a study."""
     shutil.rmtree(here / STUDY, ignore_errors=True)
     (here / STUDY).mkdir()
+    (here / STUDY_RECORD).write_text(RECORD)
     (here / STUDY / JOURNAL).write_bytes(data)
     study = _study(here)
     results = results_of(study.trials, SPACE, "eval/loss", False)
@@ -143,6 +146,8 @@ def _arrow_file() -> bytes:
 
 def _journal(here: Path) -> bytes:
     """Of three trials: one is done, one pruned, and a process was killed at the last."""
+    (here / STUDY).mkdir(exist_ok=True)
+    (here / STUDY_RECORD).write_text(RECORD)
     study = _study(here)
     for number in range(3):
         claim = study.claim(3)

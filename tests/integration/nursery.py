@@ -42,7 +42,8 @@ FLAGS = [
     "0.2",
     "--quiet",
 ]
-FLAGS += ["--logging_steps", "1", "--logging_backend", "none"]
+FLAGS += ["--logging_steps", "1"]
+TRACKED, FLAGS = FLAGS, [*FLAGS, "--logging_backend", "none"]  # a second one would add to the first
 DEVICES = 4  # of all processes of a run
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from documented_commands import FENCE, ROOT
 
-from .conftest import TINY
+from .conftest import TRACKED
 
 # The packages warn of what they use themselves.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -44,7 +44,7 @@ def trained(here: Path, corpus: Path, name: str, **env: str) -> list[dict[str, A
     """The lines of a run in two starts."""
     (here / "my_trackers.py").write_text(tracker(name) + STOP)
     own = ["--logging_backend", f"my_trackers:{name}", "my_trackers:Stop"]
-    command = [sys.executable, "-m", "consyn_jax.cli.train", *TINY, *own]
+    command = [sys.executable, "-m", "consyn_jax.cli.train", *TRACKED, *own]
     command += ["--data", str(corpus), "--validation_fraction", "0.2", "--output", "run"]
     path = os.environ.get("PYTHONPATH", str(ROOT))
     for code in (75, 0):

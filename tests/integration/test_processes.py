@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from consyn_jax.distributed.process_group import AGAIN, LOST
 
 from .conftest import Run
-from .nursery import FLAGS, SLOW, Child, Nursery, held, trained
+from .nursery import FLAGS, SLOW, TRACKED, Child, Nursery, held, trained
 
 OFTEN = ["--eval_steps", "3", "--save_steps", "2"]
 EARLY = [
@@ -133,7 +133,7 @@ def test_a_callback_ends_both_processes_after_the_same_step(
     (tmp_path / "stopper.py").write_text(STOPPER)
     path, before = tmp_path / "run", f"import sys\nsys.path.append({str(tmp_path)!r})"
     named = ["--logging_backend", "stopper:Stopper"]
-    flags = [*FLAGS, *OFTEN, "--data", corpus, "--output", path, *named]
+    flags = [*TRACKED, *OFTEN, "--data", corpus, "--output", path, *named]
     two = nursery.together(*flags, before=before)
     assert [child.wait() for child in two] == [0, 0], [child.said for child in two]
     run = Run(path, 0, two[0].said)

@@ -33,9 +33,8 @@ FLAGS += [
     "6",
     "--save_steps",
     "5",
-    "--logging_backend",
-    "none",
 ]
+TRACKED, FLAGS = FLAGS, [*FLAGS, "--logging_backend", "none"]  # a second one would add to the first
 
 MORE = [pytest.mark.slow, pytest.mark.exhaustive]
 
@@ -109,7 +108,7 @@ def test_stopped_and_resumed(
 
     resumed = here(
         tmp_path / "run",
-        *FLAGS,
+        *TRACKED,
         "--data",
         corpus,
         "--quiet",

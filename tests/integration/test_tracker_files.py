@@ -12,7 +12,7 @@ from tensorboard_files import read_back, tensorboard_events
 
 from consyn_jax.training.logging.tracking.wandb_rows import _records, _values
 
-from .conftest import CHANGING, TINY, Run, command
+from .conftest import CHANGING, TRACKED, Run, command
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def resumed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that `kill -9` ended after step 8, and its resume."""
     here = tmp_path_factory.mktemp("resumed")
     (here / "killing.py").write_text(KILL)
-    flags = [*TINY, *STEPS, "--data", corpus, "--validation_fraction", "0.2", "--output", "run"]
+    flags = [*TRACKED, *STEPS, "--data", corpus, "--validation_fraction", "0.2", "--output", "run"]
     flags += ["--logging_backend", "both", "killing:Kill"]
     keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     path = os.environ.get("PYTHONPATH", str(Path.cwd()))

@@ -19,7 +19,7 @@ from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.logging.advice import LEAST_SECONDS
 
-from .conftest import TINY, Run
+from .conftest import TINY, TRACKED, Run
 
 TRAIN_KEYS = {
     "train/loss",
@@ -42,7 +42,8 @@ def finished(
 ) -> Run:
     """A run with both trackers, begun and ended."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    flags = [*TINY, "--data", corpus, "--validation_fraction", "0.2", "--logging_backend", "both"]
+    flags = [*TRACKED, "--data", corpus, "--validation_fraction", "0.2"]
+    flags += ["--logging_backend", "both"]
     return process(path, *flags, WANDB_MODE="offline", WANDB_SILENT="true")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -35,7 +36,8 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 def flags(corpus: Path, output: Path, *more: object) -> list[str]:
     given = [*TINY, "--validation_fraction", "0.2", "--data", corpus, "--output", output]
-    return [str(word) for word in [*given, "--sampler", "random", *SEARCH, *more]]
+    search = [] if "--search" in more else SEARCH
+    return [str(word) for word in [*given, "--sampler", "random", *search, *more]]
 
 
 def trials(output: Path) -> dict[int, str]:
@@ -90,8 +92,9 @@ def test_trials_share_a_program_and_the_recipe_repeats_the_best(
 
     best = int(said.out.splitlines()[1].split()[0])
     assert train.main(["--config", str(output / "recipe.yaml")]) == 0
-    assert (output / "best" / "final" / "model.safetensors").exists()
-    alone, together = metrics(output / "best"), metrics(output / "trials" / f"{best:04}")
+    trained = output / f"best-{best:04}"
+    assert (trained / "final" / "model.safetensors").exists()
+    alone, together = metrics(trained), metrics(output / "trials" / f"{best:04}")
     assert len(alone) == len(together)
     for one, other in zip(alone, together, strict=True):
         for name in {"train/loss", "eval/loss", "train/learning_rate"} & one.keys():
@@ -100,6 +103,54 @@ def test_trials_share_a_program_and_the_recipe_repeats_the_best(
     # The same command has nothing left to do, and more trials go on.
     assert tune.main(flags(corpus, output, "--trials", 4, "--pruner", "none")) == 0
     assert len(trials(output)) == 4
+    refused_beside_the_study(corpus, output, capfd)
+
+
+def refused_beside_the_study(corpus: Path, output: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing else gets into the study's directory, or takes its trials for results."""
+
+    def said(code: int) -> str:
+        assert code == 2
+        text = capfd.readouterr().err
+        assert text.count("\n") == 1, "refused before the header"
+        return text
+
+    capfd.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    plain = [*TINY, "--data", str(corpus), "--output", str(output)]
+    assert "contains a study of consyn-tune" in said(train.main(plain))
+    url = f"sqlite:///{output}.db"
+    assert f"the storage given is {url}" in said(tune.main(flags(corpus, output, "--storage", url)))
+    again = ["--config", str(output / "recipe.yaml"), "--search", "lr=1e-3:1e-2"]
+    again += ["--output", str(output / "best-0099")]  # as in a recipe that nobody trained yet
+    assert f"is inside {output}, which contains a study" in said(tune.main(again))
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert after == before
+    shutil.rmtree(output / "study")
+    other = flags(corpus, output, "--search", "lr=1e-5:1e-4")
+    assert "has trials of another study" in said(tune.main(other))
+
+
+@pytest.mark.slow
+def test_a_study_in_which_every_trial_diverges_says_so(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "study"
+    search = ["--search", "lr=1e5:1e6", "--trials", 1, "--pruner", "none", "--hidden_dim", 16]
+    assert tune.main(flags(corpus, output, *search)) == 3
+    said = capfd.readouterr().err
+    assert f"Everything is in {output}: study.html, trials/.\n" in said
+    assert "is done: 1 diverged. Lower the ranges (lr=100000:1e+06)" in said
+    assert "Next:" not in said
+
+
+def test_a_wrong_class_is_refused_before_the_data_is_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", "no/such/data", "--output", str(tmp_path / "study")]
+    given += ["--search", "lr=1e-3:1e-2", "--logging_backend", "nosuch:Class"]
+    assert tune.main(given) == 2
+    assert "there is no module nosuch" in capfd.readouterr().err
 
 
 def test_a_mistake_that_only_the_data_shows_comes_before_the_first_trial(

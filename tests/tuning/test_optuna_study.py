@@ -145,7 +145,7 @@ def test_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     cut_torn_line(journal, lock)
     assert journal.read_bytes() == before
     left = sorted(path.name for path in journal.parent.iterdir())
-    assert left == ["asking", "claims", "journal.log"]
+    assert left == ["asking", "claims", "journal.log", "study.json"]
 
 
 def test_bad_trials_are_pruned_at_evaluations(tmp_path: Path) -> None:

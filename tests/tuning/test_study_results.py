@@ -2,15 +2,25 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from consyn_jax.cli.train import read_arguments
 from consyn_jax.config import PRESETS
+from consyn_jax.errors import Diverged, UserError
 from consyn_jax.resolve import resolve
 from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.study_page import study_page
-from consyn_jax.tuning.study_results import StudyResults, TrialResult, recipe, table
+from consyn_jax.tuning.study_results import (
+    StudyResults,
+    TrialResult,
+    check_results,
+    recipe,
+    table,
+)
+from consyn_jax.tuning.study_run import Tuning
 
 SPACE = [Dimension("lr", 1e-4, 1e-2, True), Dimension("optimizer", choices=("adamw", "muon"))]
 TRIALS = [
@@ -55,6 +65,33 @@ def test_a_page_without_results_is_a_page() -> None:
     assert "no trial is done" in study_page(nothing, "Study", {}, "")
     one = StudyResults(TRIALS[:1], SPACE, "eval/loss", False)
     assert "<circle" in study_page(one, "Study", {}, "")
+
+
+def test_a_study_without_a_finished_trial_says_why_and_what_to_do() -> None:
+    def check(*trials: TrialResult) -> None:
+        check_results(StudyResults(list(trials), SPACE, "eval/loss", False), Path("out"))
+
+    done, pruned, _, running, diverged = TRIALS
+    check(done, diverged)
+    check(running, diverged)  # another process may finish it
+    with pytest.raises(
+        Diverged, match=r"in out is done: 1 pruned and 2 diverged\. Lower the ranges"
+    ):
+        check(pruned, diverged, diverged)
+    with pytest.raises(UserError, match=r"in out is done: 1 pruned\. Use --pruner none"):
+        check(pruned)
+    with pytest.raises(UserError, match="--time_budget ended before the first trial"):
+        check()
+
+
+def test_the_end_names_only_what_exists(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study: Any = SimpleNamespace(output=tmp_path, quiet=False, metric="eval/loss", command="x")
+    Tuning._print_end(study, StudyResults(TRIALS[4:], SPACE, "eval/loss", False))
+    assert capfd.readouterr().err == f"Everything is in {tmp_path}: study.html.\n"
+    (tmp_path / "trials").mkdir()
+    Tuning._print_end(study, results())
+    said = capfd.readouterr().err
+    assert said.endswith(f"Everything is in {tmp_path}: study.html, recipe.yaml, trials/.\n")
 
 
 def test_consyn_train_takes_the_recipe(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.tuning.optuna_study import OptunaStudy
 from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.study_identity import mark_trial
 from consyn_jax.tuning.study_results import results_of
 from consyn_jax.tuning.trial_run import TrialRun
 from consyn_jax.tuning.tune_options import StudyOptions
@@ -109,9 +110,11 @@ def test_a_trial_goes_on_after_a_kill_and_keeps_its_evaluations(
 def test_a_kill_between_the_last_step_and_the_study_trains_nothing(
     opened: Callable[..., OptunaStudy], tmp_path: Path
 ) -> None:
-    claim = opened().claim(99)
+    study = opened()
+    claim = study.claim(99)
     assert claim is not None
     path = tmp_path / "trials" / "0"
+    mark_trial(path, study.identity, claim.values)
     earlier = Trainer(path, [4.0, 3.0, 2.0, 1.0])
     earlier.add_callback(Mock())
     earlier.train()
@@ -196,6 +199,9 @@ def test_a_trial_that_ends_before_its_first_evaluation_has_no_value(
 
 
 def test_a_trial_leaves_no_checkpoints(opened: Callable[..., OptunaStudy], tmp_path: Path) -> None:
-    (tmp_path / "trials" / "0" / "checkpoints" / "20").mkdir(parents=True)
+    path = tmp_path / "trials" / "0"
+    with pytest.raises(Interrupted):
+        run(opened(), tmp_path, [4.0, 3.0], end="killed")
+    (path / "checkpoints" / "10").mkdir(parents=True)
     run(opened(), tmp_path, [4.0, 3.0, 2.0, 1.0])
-    assert [path.name for path in (tmp_path / "trials" / "0").iterdir()] == ["metrics.jsonl"]
+    assert sorted(entry.name for entry in path.iterdir()) == ["metrics.jsonl", "trial.json"]

@@ -30,6 +30,8 @@ CHECK_S = 1.0
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
+STUDY_RECORD = "study/study.json"  # in the directory of a study of consyn-tune
+RUNGS, LADDER_RECORD = "sizes", "ladder.json"  # in the directory of a ladder of consyn-tune
 ENTRIES = (
     CONFIG,
     RUN_JSON,
@@ -75,6 +77,15 @@ def run_path(config: RunConfig) -> Path:
     """The run directory: --output, or with --decay_from a directory next to --output."""
     output, step = Path(config.saving.output), config.optimizer.decay_from
     return output if step is None else output.with_name(f"{output.name}-decay-{step}")
+
+
+def found_study(path: Path) -> str | None:
+    """What a directory holds of `consyn-tune`, for a message; None if it holds nothing."""
+    if (path / STUDY_RECORD).exists():
+        return "a study of consyn-tune"
+    if (path / LADDER_RECORD).exists() or any(path.glob(f"{RUNGS}/[0-9]*/{CONFIG}")):
+        return "a ladder of consyn-tune"
+    return None
 
 
 @dataclass

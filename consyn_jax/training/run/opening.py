@@ -24,6 +24,7 @@ from consyn_jax.training.run.directory import (
     ENTRIES,
     RunDirectory,
     delete_run,
+    found_study,
     refuse_links,
     run_path,
 )
@@ -128,6 +129,11 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     """
     saving, path = config.saving, run_path(config)
     check_writable(path)
+    if (study := found_study(path)) is not None:
+        raise UserError(
+            f"--output {path} contains {study}, but a run needs its own directory. Name another "
+            "--output."
+        )
     if not saving.overwrite:  # --overwrite deletes links and does not follow them
         refuse_links(path)
     if config.optimizer.decay_from is not None:

@@ -18,6 +18,7 @@ from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import compact, decimals
 from consyn_jax.training.optim.schedules import count_steps
+from consyn_jax.training.run.directory import LADDER_RECORD, RUNGS
 from consyn_jax.training.run.lock import check_free
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.ladder.critical_batch import BatchPoint
@@ -39,7 +40,7 @@ from consyn_jax.tuning.ladder.scaling_law import DRAWS, FEW_STEPS, can_fit, long
 from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
-SIZES, PAGE, JSON = "sizes", "ladder.html", "ladder.json"
+PAGE, SIZES, JSON = "ladder.html", RUNGS, LADDER_RECORD
 PASSES = 4  # repeated data is nearly as good as new up to here (Muennighoff et al., 2023)
 
 

@@ -88,8 +88,7 @@ class RungRun:
             UserError: the directory contains a run with other flags or data.
         """
         try:
-            if is_finished(self.path) or saved_steps(self.path / CHECKPOINTS):
-                self._check_same()
+            self._check_same()
             if not is_finished(self.path):
                 self._whole.train()
             for start in self.rung.starts:
@@ -103,11 +102,18 @@ class RungRun:
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
-        """Check that the longest run in the directory was started with the present flags and data.
+        """Check that the runs in the directories were started with the present flags and data.
 
         Raises:
-            UserError: the flags or data differ.
+            UserError: the flags or data differ, or the longest run of shorter ones is gone.
         """
+        if not (is_finished(self.path) or saved_steps(self.path / CHECKPOINTS)):
+            if left := next(filter(is_finished, self.paths[:-1]), None):
+                raise UserError(
+                    f"{left} continued a run that is no longer in {self.path}. Give another "
+                    "--output, or delete the ladder with --overwrite."
+                )
+            return
         old, run = read_run_config(self.path / CONFIG), self._whole.run
         derived = self._whole.derived()
         changes = differences(old, run, derived)
