@@ -40,7 +40,8 @@ from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.attention import causal_attention, documents
 from consyn_jax.model.block_matmuls import swiglu
 from consyn_jax.model.linear import linear
-from consyn_jax.training.loss import Extras, LossSums, head_objective
+from consyn_jax.training.loss import LossSums, head_objective
+from consyn_jax.training.program_arguments import Extras
 from consyn_jax.training.step import TrainState, make_train_step
 
 STEP, MASKED, MATMUL = "step", "step, documents", "matmul"

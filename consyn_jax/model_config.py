@@ -12,6 +12,11 @@ from consyn_jax.flags import flag
 from consyn_jax.integers import divisors, is_whole, round_up
 
 DTYPES = ("float32", "bfloat16", "float16")  # of weights in files, as config.json names them
+# Fields that must agree with the weights of a model; context, rotation and windows may differ.
+WEIGHT_SHAPES = (
+    *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
+    *("qk_norm", "tie_embeddings", "qkv_bias", "output_bias", "mlp_bias"),
+)
 # Types of rotary scaling, by their Hugging Face names, and the fields that each type needs.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),

@@ -47,6 +47,7 @@ class Optimizer:
             moments, so `--optimizer_memory host` can update one layer at a time.
         scale_free: the size of an element's update does not depend on the size of its gradient.
         averages_weights: evaluation and export use an average of the weights, stored in float32.
+        unused: flags among `--beta1`, `--beta2` and `--eps` that the rule does not use.
     """
 
     moments: int
@@ -60,6 +61,7 @@ class Optimizer:
     layerwise: bool = False
     scale_free: bool = False
     averages_weights: bool = False
+    unused: tuple[str, ...] = ()
 
 
 # Sources of lr_bounds. AdamW: GPT-3 175B was pretrained at 6e-5 (Brown et al., 2020, table 2.1); a
@@ -70,7 +72,9 @@ class Optimizer:
 _ADAMW_BOUNDS = (5e-5, 1e-4)
 OPTIMIZERS = {
     "adamw": Optimizer(moments=2, lr_bounds=_ADAMW_BOUNDS, layerwise=True, scale_free=True),
-    "adafactor": Optimizer(moments=0, momentum=0.0, lr_bounds=_ADAMW_BOUNDS),
+    "adafactor": Optimizer(
+        moments=0, momentum=0.0, lr_bounds=_ADAMW_BOUNDS, unused=("beta1", "beta2", "eps")
+    ),
     "lion": Optimizer(
         moments=1,
         factors={"lr": 0.2, "weight_decay": 5.0},
@@ -79,6 +83,7 @@ OPTIMIZERS = {
         lr_range=(1e-8, 0.1),
         layerwise=True,
         scale_free=True,
+        unused=("eps",),
     ),
     "muon": Optimizer(
         moments=1,
@@ -88,7 +93,14 @@ OPTIMIZERS = {
         layerwise=True,
         scale_free=True,
     ),
-    "sgd": Optimizer(moments=0, momentum=0.9, first_lr=0.1, lr_range=(1e-5, 100.0), layerwise=True),
+    "sgd": Optimizer(
+        moments=0,
+        momentum=0.9,
+        first_lr=0.1,
+        lr_range=(1e-5, 100.0),
+        layerwise=True,
+        unused=("beta1", "beta2", "eps"),
+    ),
     "schedule_free_adamw": Optimizer(
         moments=1,
         defaults={"scheduler": "constant_with_warmup"},

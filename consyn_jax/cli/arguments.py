@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,12 +131,14 @@ def build_parser(
     epilog: str,
     tree: type[Any],
     common: Sequence[str] = (),
+    refused: Collection[str] = (),
 ) -> _Parser:
     """Make a parser for the flags of `tree`. It returns only flags that the user gave, as strings.
 
     Args:
         common: the flags that `--help` lists; `--help all` lists every flag. If empty, `--help`
             lists every flag.
+        refused: flags of `tree` that the command refuses with a reason, and that no help lists.
     """
     parser = _Parser(
         prog=prog,
@@ -163,7 +165,8 @@ def build_parser(
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
         names = [f"--{name}" for name in (flag.name, *flag.aliases)]
-        groups[flag.group].add_argument(*names, dest=flag.name, help=_help(flag), **_arity(flag))
+        text = argparse.SUPPRESS if flag.name in refused else _help(flag)
+        groups[flag.group].add_argument(*names, dest=flag.name, help=text, **_arity(flag))
     return parser
 
 
@@ -177,7 +180,8 @@ class _Help(argparse.Action):
             )
         if parser.common and values != "all":
             shown = {"help", "version", *parser.common}
-            hidden = [action for action in parser._actions if action.dest not in shown]
+            listed = [x for x in parser._actions if x.help != argparse.SUPPRESS]
+            hidden = [action for action in listed if action.dest not in shown]
             for action in hidden:
                 action.help = argparse.SUPPRESS
             more = f"{len(hidden)} more flags: {parser.prog} --help all"

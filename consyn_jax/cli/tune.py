@@ -13,7 +13,7 @@ from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
 from consyn_jax.flags import flags, flat, grouped
-from consyn_jax.tuning.tune_options import TuneConfig, largest_size, resolve_tuning
+from consyn_jax.tuning.tune_options import NOT_HERE, TuneConfig, largest_size, resolve_tuning
 from consyn_jax.tuning.varied_run import VariedRun
 
 DESCRIPTION = """\
@@ -32,9 +32,9 @@ examples:
   consyn-tune --config recipe.yaml --search optimizer=adamw,muon lr=1e-3,1e-2
   consyn-tune --config recipe.yaml --parametrization mup --ladder 4
 
-All flags of consyn-train work here, too; the flags in --search vary. Defaults
-are in brackets. Run the same command again to continue a study, or run it
-several times at once to share a study among processes.
+The flags of consyn-train that are listed work here, too; the flags in --search
+vary. Defaults are in brackets. Run the same command again to continue a study,
+or run it several times at once to share a study among processes.
 Exit codes: 0 done, 2 wrong input, 3 all trials diverged, 75 interrupted and
 saved, 130 and 143 interrupted with nothing to save."""
 
@@ -66,7 +66,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[TuneConfig, dict[str, str], str
     Raises:
         UserError: an unknown flag, an invalid value, or an unreadable `--config` file.
     """
-    parser = build_parser("consyn-tune", DESCRIPTION, USAGE, EPILOG, TuneConfig, COMMON)
+    parser = build_parser(
+        "consyn-tune", DESCRIPTION, USAGE, EPILOG, TuneConfig, COMMON, refused=NOT_HERE
+    )
     return read(parser, argv, resolve_tuning)
 
 

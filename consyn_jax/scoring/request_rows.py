@@ -71,10 +71,13 @@ class Task:
         return [f"unread keys, and the number of rows with each: {keys}"]
 
 
-def read_tasks(files: tuple[str, ...]) -> list[Task]:
+def read_tasks(files: tuple[str, ...], flag: str = "--requests") -> list[Task]:
     """Read files of requests, and group their rows into tasks.
 
     The key `task` of a row names its task; without the key, the file's name does.
+
+    Args:
+        flag: The flag that names the files, for messages.
 
     Raises:
         UserError: A file cannot be read or is empty, or a row is invalid; the message names it.
@@ -83,9 +86,9 @@ def read_tasks(files: tuple[str, ...]) -> list[Task]:
     unused: dict[str, Counter[str]] = {}
     for name in files:
         if files.count(name) > 1:
-            raise UserError(f"{name} is given twice in --requests. Give each file once.")
+            raise UserError(f"{name} is given twice in {flag}. Give each file once.")
         before = sum(map(len, found.values()))
-        for number, line in enumerate(_read(name).split(b"\n"), 1):
+        for number, line in enumerate(_read(name, flag).split(b"\n"), 1):
             if not line.strip():
                 continue
             place = f"{name}:{number}"
@@ -97,7 +100,7 @@ def read_tasks(files: tuple[str, ...]) -> list[Task]:
                 raise UserError(f"{place} {fault} {REMEDY}") from None
             unused.setdefault(task, Counter()).update(row.keys() - set(KEYS))
         if sum(map(len, found.values())) == before:
-            raise UserError(f"{name} in --requests has no rows. Give a file of JSON Lines.")
+            raise UserError(f"{name} in {flag} has no rows. Give a file of JSON Lines.")
     return [
         Task(
             task,
@@ -109,10 +112,10 @@ def read_tasks(files: tuple[str, ...]) -> list[Task]:
     ]
 
 
-def _read(name: str) -> bytes:
+def _read(name: str, flag: str) -> bytes:
     if not Path(name).is_file():
         what = "is a directory" if Path(name).is_dir() else "does not exist"
-        raise UserError(f"{name} in --requests {what}. Give a file of JSON Lines.")
+        raise UserError(f"{name} in {flag} {what}. Give a file of JSON Lines.")
     parts = []
     with ByteStream(Path(name)) as stream:
         while data := stream.read(1 << 20):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
 from consyn_jax.model.embedding import sum_over_tokens
+from consyn_jax.training.program_arguments import Extras
 
 # In float16 (6e-8 to 65,504), logit gradients are multiplied by this, because most are tiny.
 FLOAT16_LIFT = 2.0**12
@@ -80,19 +81,6 @@ GPU_CHUNKS = Chunks(0, kernel=True)
 CPU_CHUNKS = Chunks(2**24, vocab_first=True)
 
 
-class Extras(NamedTuple):
-    """Terms that training adds to the loss of each token; a weight of 0 turns a term off.
-
-    Attributes:
-        label_smoothing: Fraction of the target probability that is spread evenly over the
-            vocabulary, including the label (Szegedy et al., 2016), as in torch.nn.CrossEntropyLoss.
-        z_loss: Weight of log(Z)^2, which keeps the normaliser Z near 1 (Chowdhery et al., 2022).
-    """
-
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-
-
 class Vocabulary(NamedTuple):
     """The section of the vocabulary on one device, and the layout of the logits.
 
@@ -152,7 +140,6 @@ def head_loss(
     return sums._replace(nll=nll)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def head_objective(
     x_BTD: Float[Array, "B T D"],
     head_VD: Float[Array, "V D"],
@@ -164,35 +151,35 @@ def head_objective(
 ) -> tuple[Float[Array, ""], LossSums]:
     """Compute the training objective, summed over tokens, and the sums of the plain loss.
 
-    Only the objective is differentiable. Memory use is as in `head_loss`.
+    Only the objective is differentiable, by `x` and the head. Memory use is as in `head_loss`.
     """
-    return on_mesh(
-        x_BTD, head_VD, labels_BT, mask_BT, vocab_size, extras, chunks, with_gradients=False
-    )[0]
+    weights, fixed = extras.arguments, extras.constants
+    return _objective(x_BTD, head_VD, labels_BT, mask_BT, weights, vocab_size, fixed, chunks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _objective(
+    x: Any, head: Any, labels: Any, mask: Any, weights: Any, size: int, fixed: Any, chunks: Chunks
+) -> Any:
+    extras = fixed._replace(**weights)
+    return on_mesh(x, head, labels, mask, size, extras, chunks, with_gradients=False)[0]
 
 
 def _forward(
-    x: Any, head: Any, labels: Any, mask: Any, vocab_size: int, extras: Extras, chunks: Chunks
+    x: Any, head: Any, labels: Any, mask: Any, weights: Any, size: int, fixed: Any, chunks: Chunks
 ) -> Any:
-    result, dx, dhead = on_mesh(
-        x, head, labels, mask, vocab_size, extras, chunks, with_gradients=True
-    )
+    extras = fixed._replace(**weights)
+    result, dx, dhead = on_mesh(x, head, labels, mask, size, extras, chunks, with_gradients=True)
     return result, (dx, dhead, jnp.zeros((), x.dtype))
 
 
-def _backward(
-    vocab_size: int,
-    extras: Extras,
-    chunks: Chunks,
-    saved: Any,
-    cotangents: tuple[jax.Array, LossSums],
-) -> Any:
+def _backward(size: int, fixed: Any, chunks: Chunks, saved: Any, cotangents: Any) -> Any:
     dx, dhead, like_x = saved
     dhead = None if dhead is None else dhead * cotangents[0]
-    return (dx * cotangents[0]).astype(like_x.dtype), dhead, None, None
+    return (dx * cotangents[0]).astype(like_x.dtype), dhead, None, None, None
 
 
-head_objective.defvjp(_forward, _backward)
+_objective.defvjp(_forward, _backward)
 
 
 @jax.named_scope("head")
@@ -218,18 +205,18 @@ def on_mesh(
             _on_device,
             sizes=mesh_sizes(),
             vocab_size=vocab_size,
-            extras=extras,
+            fixed=extras.constants,
             chunks=chunks,
             with_gradients=with_gradients,
         ),
-        (hidden, weights, tokens, tokens),
+        (hidden, weights, tokens, tokens, dict.fromkeys(extras.arguments, ())),
         ((), hidden, of_head) if with_gradients else ((), None, None),
     )
-    (sums, penalty), dx, dhead = local(x, head, labels, mask)
+    (sums, penalty), dx, dhead = local(x, head, labels, mask, extras.arguments)
     return (sums.nll if penalty is None else sums.nll + penalty, sums), dx, dhead
 
 
-def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with_gradients):
+def _on_device(x, head, labels, mask, extras, *, sizes, vocab_size, fixed, chunks, with_gradients):
     """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
@@ -239,7 +226,7 @@ def _on_device(x, head, labels, mask, *, sizes, vocab_size, extras, chunks, with
     chunk = partial(
         _chunk,
         vocab=vocab,
-        extras=extras,
+        extras=fixed._replace(**extras),
         dx_dtype=jnp.float32 if vocab.mesh_axes else dx_dtype,  # rounded after the psum below
         kernel=kernel,
         with_gradients=with_gradients,
@@ -313,11 +300,11 @@ def _chunk(
         )
         statistics = LogitStatistics(*found)
     else:
-        share_nV, statistics = softmax(logits_nV, labels_n, vocab, extras != Extras())
+        share_nV, statistics = softmax(logits_nV, labels_n, vocab, extras.are_used)
         dlogits = _logit_gradient(share_nV, statistics, labels_n, vocab, extras)
         dlogits = dlogits * vocab.from_tokens(mask_n * lift)
     sums = _loss_sums(statistics, mask_n != 0, vocab.size)
-    penalty = None if extras == Extras() else _penalty(statistics, mask_n, extras)
+    penalty = None if not extras.are_used else _penalty(statistics, mask_n, extras)
     if not with_gradients:
         return (sums, penalty), None, None
     axes, dlogits = "nV" if vocab.axis else "Vn", dlogits.astype(x_nD.dtype)
@@ -371,7 +358,7 @@ def _label_logits(logits_nV, labels_n, vocab: Vocabulary):
 def _logit_gradient(share_nV, statistics, labels_n, vocab: Vocabulary, extras: Extras):
     """Gradient of the objective with respect to the logits, from the softmax `share_nV`."""
     target_nV = vocab.from_words(vocab.words_V) == vocab.from_tokens(labels_n)
-    if extras != Extras():
+    if extras.are_used:
         share_nV = share_nV * vocab.from_tokens(1 + 2 * extras.z_loss * statistics.log_z)
         is_word_nV = vocab.from_words(vocab.words_V < vocab.size)
         target_nV = (

@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, Int
 from consyn_jax.errors import UserError
 from consyn_jax.model.parameters import Params
 from consyn_jax.training.preference.pair_loss import num_terms
+from consyn_jax.training.program_arguments import Number
 from consyn_jax.training.step import (
     Batch,
     Metrics,
-    Number,
     Objective,
     Step,
     Sums,

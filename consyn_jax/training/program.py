@@ -39,7 +39,6 @@ from consyn_jax.training.loss import (
     CPU_CHUNKS,
     GPU_CHUNKS,
     Chunks,
-    Extras,
     head_loss,
     head_objective,
 )
@@ -56,17 +55,16 @@ from consyn_jax.training.precision import (
     with_loss_scale,
 )
 from consyn_jax.training.preference.pair_loss import answer_log_probs, pair_objective
+from consyn_jax.training.program_arguments import Extras, Number, is_used
 from consyn_jax.training.run_mesh import choose_run_mesh, this_machine
 from consyn_jax.training.runtime.signals import SIGNALS, is_shared, signals_like, with_signals
 from consyn_jax.training.step import (
     BASE,
     Batch,
-    Number,
     Objective,
     Step,
     Sums,
     TrainState,
-    is_used,
     make_step,
     make_train_step,
     new_scales,

@@ -15,6 +15,7 @@ from consyn_jax.model.fp8.quantisation import first_scales, next_scales
 from consyn_jax.model.parameters import Params
 from consyn_jax.training.loss import LossSums
 from consyn_jax.training.preference.pair_loss import PairSums
+from consyn_jax.training.program_arguments import Number, is_used
 
 
 class TrainState(NamedTuple):
@@ -61,18 +62,7 @@ Objective = Callable[..., tuple[Float[Array, ""], Sums]]
 # them, which saves writing them to memory once more.
 Update = Callable[[Params, Float[Array, ""], TrainState, Metrics], tuple[Params, optax.OptState]]
 
-Number = float | Float[Array, ""]  # a constant of the program, or one of its arguments
-
 _DROPOUT = 0x0D409  # sets these random numbers apart from others with the same seed
-
-
-def is_used(number: Number) -> bool:
-    """Whether a number enables its feature: a constant 0 does not; a traced value always does.
-
-    >>> is_used(0.0), is_used(0.1), is_used(jnp.zeros(()))
-    (False, True, True)
-    """
-    return isinstance(number, jax.Array) or bool(number)
 
 
 def clip_factor(norm: Float[Array, ""], max_norm: Number) -> Float[Array, ""]:

@@ -21,6 +21,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory
 from consyn_jax.training.run.lock import RunLock, is_held
 from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.space.untried_points import UntriedPoints, num_points
 from consyn_jax.tuning.study_directory import CLAIMS, JOURNAL, STUDY
 from consyn_jax.tuning.study_identity import check_values, identify, trial_directories
 from consyn_jax.tuning.study_journal import check_trials, open_journal, refuse_links
@@ -207,7 +208,7 @@ class OptunaStudy:
                 reported = dict(frozen.intermediate_values)
             # The seed depends on the trial's number, so that a continued study does not draw the
             # same values again.
-            self.study.sampler = self._sampler(number)
+            self.study.sampler = self._sampler_of_new_points(number)
             if known is None:
                 trial = self.study.ask()
             else:  # the interrupted process may have drawn some or all values
@@ -257,6 +258,20 @@ class OptunaStudy:
                 f"--storage {url} cannot be used ({reason}). Give a database URL such as "
                 "sqlite:///study.db."
             ) from error
+
+    def _sampler_of_new_points(self, number: int) -> Any:
+        """The sampler of a trial, which repeats no point of a finite search space."""
+        sampler = self._sampler(number)
+        if self._options.sampler == "grid" or num_points(self._space) is None:
+            return sampler
+        of_values, distributions = self._optuna.distributions, dict[str, Any]()
+        for d in self._space:
+            distributions[d.name] = (
+                of_values.CategoricalDistribution(d.choices)
+                if d.choices
+                else of_values.IntDistribution(d.low, d.high, log=d.is_log)
+            )
+        return UntriedPoints(sampler, self._space, distributions, self._seed + number)
 
     def _sampler(self, number: int) -> Any:
         samplers, seed = self._optuna.samplers, (self._seed + 7919 * number) % LARGEST_SEED
@@ -315,14 +330,6 @@ def import_optuna() -> Any:
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
-
-
-def grid_size(space: Sequence[Dimension]) -> int:
-    """Number of points in the grid of `--sampler grid`."""
-    size = 1
-    for dimension in space:
-        size *= len(dimension.choices)
-    return size
 
 
 def _check_definition(study: Any, definition: Definition, output: Path) -> None:

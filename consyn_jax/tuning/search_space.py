@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ _FIXED = {
     **dict.fromkeys(("epochs", "max_steps", "total_tokens"), "all trials have the same budget"),
     "decay_from": "a trial starts at step 0",
 }
-MOST_CORNERS = 256  # corners of the search space to check before the first trial
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,8 @@ def _flag(item: str, given: str) -> Flag:
     name = by_alias.get(name, name)
     if name not in known:
         hint = nearest(name, [*known, *by_alias])
+        if hint == ".":
+            hint = ". consyn-tune --help all lists the flags."
         raise UserError(f"--search {item}: there is no flag --{name}{hint}")
     flag = known[name]
     reason = _FIXED.get(name)
@@ -142,31 +142,3 @@ def _choice(item: str, flag: Flag, text: str) -> Dimension:
             f"--search {item} has only one value. Give --{flag.name} {words[0]}, or a second value."
         )
     return Dimension(flag.name, choices=choices)
-
-
-def check_corners(space: Sequence[Dimension], check: Callable[[Mapping[str, Any]], object]) -> None:
-    """Check runs at the corners of the search space: combinations of range ends and choices.
-
-    If there are more than `MOST_CORNERS`, only one flag at a time is varied.
-
-    Args:
-        check: function that resolves a run with values by flag name.
-
-    Raises:
-        UserError: a run is refused; the message names its values.
-    """
-    ends = [dimension.ends for dimension in space]
-    names = [dimension.name for dimension in space]
-    corners = list(itertools.islice(itertools.product(*ends), MOST_CORNERS + 1))
-    if len(corners) > MOST_CORNERS:
-        first = [end[0] for end in ends]
-        corners = [
-            (*first[:i], value, *first[i + 1 :]) for i, end in enumerate(ends) for value in end
-        ]
-    for corner in corners:
-        values = dict(zip(names, corner, strict=True))
-        try:
-            check(values)
-        except UserError as error:
-            about = " ".join(f"--{name} {as_text(value)}" for name, value in values.items())
-            raise UserError(f"A trial of --search with {about} is refused: {error}") from error

@@ -7,7 +7,7 @@ train step. Here they are arrays in the batch, under the key `NUMBERS`. The code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,8 +24,11 @@ from consyn_jax.training.optim.groups import mup_rates
 from consyn_jax.training.optim.optimizers import build_optimizer
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program
+from consyn_jax.training.program_arguments import is_used
 from consyn_jax.training.run.identity import SCHEDULE_FLAGS
-from consyn_jax.training.step import Batch, Metrics, Step, TrainState, is_used, new_scales
+from consyn_jax.training.step import Batch, Metrics, Step, TrainState, new_scales
+from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.varied_run import VariedRun
 from consyn_jax.validation import parse_multipliers
 
 NUMBERS = "numbers"  # key in a batch: a trial's numeric hyperparameters by flag, and its rates
@@ -34,12 +37,14 @@ MULTIPLIERS = "lr_multipliers"  # by group
 Numbers = dict[str, Any]
 
 _OF_OPTIMIZER = ("weight_decay", "beta1", "beta2", "eps", "momentum")
-_ARGUMENTS = {*_OF_OPTIMIZER, "max_grad_norm", "dropout", "seed", MULTIPLIERS}
+# A 0 turns each of these off, and the program then has no code for it.
+_OF_TRAINING = ("dropout", "label_smoothing", "z_loss")
+_ARGUMENTS = {*_OF_OPTIMIZER, *_OF_TRAINING, "max_grad_norm", "seed", MULTIPLIERS}
 # The host applies the plateau schedule, so the program does not depend on these settings.
 _OF_HOST = {"plateau_factor", "plateau_patience", "plateau_cooldown", "plateau_threshold"}
 _GROUPS = {"model", "budget", "optimizer", "regularisation", "lora", "hardware"}
-# Flags whose values trials may change without another program. Exceptions: whether dropout and
-# momentum are 0, whether the schedule is plateau, and which groups have a multiplier.
+# Flags whose values trials may change without another program. Exceptions: whether momentum and
+# those of `_OF_TRAINING` are 0, whether the schedule is plateau, and which groups have a factor.
 FREE_FLAGS = frozenset(SCHEDULE_FLAGS | {"decay_from"} | _ARGUMENTS | _OF_HOST)
 Made = TypeVar("Made")
 
@@ -47,7 +52,7 @@ Made = TypeVar("Made")
 def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -> Numbers:
     """The numeric hyperparameters of a run, as arguments of its train step.
 
-    Dropout and momentum are left out if they are 0, because the program then has no code for them.
+    Momentum and the flags of `_OF_TRAINING` are left out if they are 0.
 
     Args:
         num_rates: length of the array of learning rates; by default, the number of steps of the
@@ -58,7 +63,7 @@ def numbers_of(run: RunConfig, total_steps: int, num_rates: int | None = None) -
     found: dict[str, Any] = {name: getattr(options, name) for name in _OF_OPTIMIZER}
     found["momentum"] = options.momentum_decay or None
     found["max_grad_norm"] = options.max_grad_norm or np.inf
-    found["dropout"] = run.regularisation.dropout or None
+    found |= {name: getattr(run.regularisation, name) or None for name in _OF_TRAINING}
     used = {name: np.float32(value) for name, value in found.items() if value is not None}
     rates = np.broadcast_to(np.asarray(jax.device_get(rates), np.float32), (total_steps,))
     if num_rates is not None:
@@ -78,6 +83,7 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
     rates = numbers[RATES]
     own = {name: numbers[name] for name in _OF_OPTIMIZER if name in numbers}
     axes, options = program.layout.logical_axes, replace(run.optimizer, **own)
+    of_training = {name: numbers.get(name, 0.0) for name in _OF_TRAINING}
     factors, multipliers = mup_rates(program.config, options, axes), numbers[MULTIPLIERS]
     return replace(
         program,
@@ -85,7 +91,7 @@ def with_numbers(program: Program, run: RunConfig, numbers: Numbers) -> Program:
             options, lambda updates: rates[updates], axes, factors, multipliers
         ),
         max_grad_norm=numbers["max_grad_norm"],
-        regularisation=replace(program.regularisation, dropout=numbers.get("dropout", 0.0)),
+        regularisation=replace(program.regularisation, **of_training),
         seed=numbers["seed"],
     )
 
@@ -110,11 +116,21 @@ def constants_of(run: RunConfig) -> Hashable:
     options = run.optimizer
     features = (
         is_used(options.momentum_decay),
-        is_used(run.regularisation.dropout),
+        *(is_used(getattr(run.regularisation, name)) for name in _OF_TRAINING),
         options.scheduler == "plateau",
         tuple(sorted(parse_multipliers(options.lr_multipliers))),
     )
     return constants, features
+
+
+def flags_of_programs(space: Sequence[Dimension], varied: VariedRun) -> list[Dimension]:
+    """The searched flags whose values are constants of the program, so that each is compiled."""
+    first, found = {dimension.name: dimension.ends[0] for dimension in space}, []
+    for dimension in space:
+        runs = (varied.with_values({**first, dimension.name: end})[0] for end in dimension.ends)
+        if len({constants_of(run) for run in runs}) > 1:
+            found.append(dimension)
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from consyn_jax.resolve import FOLLOWERS
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.tuning.search_space import Dimension, as_text
 
-STEP, STEPS, OUTCOME = "step", "steps", "outcome"  # user attributes of a trial
+# User attributes of a trial; `FAILURE` is the sentence with which its run was refused.
+STEP, STEPS, OUTCOME, FAILURE = "step", "steps", "outcome", "failure"
 DONE, PRUNED, DIVERGED, RUNNING, FAILED = "done", "pruned", "diverged", "running", "failed"
-OUTCOMES = (DONE, PRUNED, DIVERGED)  # outcomes of trials that have ended
+OUTCOMES = (DONE, PRUNED, DIVERGED, FAILED)  # outcomes of trials that have ended
 MOST_ROWS = 20  # rows of the table in the terminal
 
 

@@ -28,9 +28,11 @@ from consyn_jax.training.run.step_end import interval
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
 from consyn_jax.tuning.lanes.lane_programs import LanePrograms, pays, step_seconds
-from consyn_jax.tuning.optuna_study import Claim, OptunaStudy, grid_size
-from consyn_jax.tuning.search_space import as_text, check_corners, parse_search
-from consyn_jax.tuning.shared_programs import SharedPrograms
+from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
+from consyn_jax.tuning.search_space import as_text, parse_search
+from consyn_jax.tuning.shared_programs import SharedPrograms, flags_of_programs
+from consyn_jax.tuning.space.space_checks import check_space
+from consyn_jax.tuning.space.untried_points import num_points
 from consyn_jax.tuning.study_directory import (
     PAGE,
     RECIPE,
@@ -41,6 +43,9 @@ from consyn_jax.tuning.study_directory import (
 from consyn_jax.tuning.study_page import study_page
 from consyn_jax.tuning.study_results import (
     DONE,
+    FAILED,
+    FAILURE,
+    OUTCOME,
     StudyResults,
     check_results,
     recipe,
@@ -52,6 +57,7 @@ from consyn_jax.tuning.trial_trainer import TrialTrainer
 from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, parse_lanes, seconds
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
+MOST_FAILURES = 5  # trials after which a study in which all trials fail ends
 SAVE_MINUTES = 5.0  # between checkpoints of a trial, unless a flag says otherwise
 
 
@@ -84,9 +90,7 @@ class Tuning:
         self.space = parse_search(config.study.search)
         trainer = ConsynTrainer(**trainer_inputs(base))
         steps = trainer.total_steps
-        check_corners(
-            self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps)
-        )
+        check_space(self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps))
         evaluations = _num_evaluations(trainer, self.options)
         if config.saving.overwrite:
             delete_study(self.output)
@@ -100,7 +104,8 @@ class Tuning:
             seed=config.budget.seed,
             overwrite=config.saving.overwrite,
         )
-        self.limit = _limit(self.options, grid_size(self.space))
+        self.points = num_points(self.space) or math.inf
+        self.limit = min(_limit(self.options), self.points)
         budget = self.options.time_budget
         self.deadline = math.inf if budget is None else began + seconds(budget)
         self.quiet = config.logging.quiet
@@ -120,8 +125,20 @@ class Tuning:
             run_lanes(lanes, partial(self._work, lanes))
         results = self.write_results()
         self._print_end(results)
+        if reason := self._all_failed(results):
+            raise UserError(
+                f"All {len(results.trials)} trials failed, the last one because: {reason} Then "
+                "start again with --overwrite."
+            )
         check_results(results, self.output)
         return results
+
+    def _all_failed(self, results: StudyResults, least: int = 1) -> str | None:
+        """The reason of the last failure if there are this many trials, and all of them failed."""
+        trials = results.trials
+        if len(trials) < least or any(trial.outcome != FAILED for trial in trials):
+            return None
+        return str(self.study.trials[-1].user_attrs.get(FAILURE, "unknown."))
 
     def _num_lanes(self, asked: str) -> int:
         """Number of trials to train side by side, given by `--vectorize` or measured."""
@@ -147,6 +164,8 @@ class Tuning:
             lane: the lane that calls this method; None without lanes.
         """
         while time.monotonic() < self.deadline and not (lane and lane.signals.received):
+            if self._all_failed(self.results(), MOST_FAILURES):
+                break
             claim = self.study.claim(self.limit)
             if claim is None:
                 break
@@ -163,19 +182,24 @@ class Tuning:
 
     def _train(self, claim: Claim, lanes: int, lane: Lane | None) -> str:
         path = self.output / TRIALS_DIRECTORY / f"{claim.number:04}"
-        settings = self._trial_settings(claim.values, path, is_alone=lane is None)
         header = [
             ("trial", f"{claim.number}, in {path}"),
             *((name, as_text(value)) for name, value in claim.values.items()),
         ]
         try:
+            settings = self._trial_settings(claim.values, path, is_alone=lane is None)
             inputs, shared, signals = self.trainer_inputs(settings), self.shared, None
             if lane is not None:
                 shared, signals = LanePrograms(shared, lanes, lane), lane.signals
             trainer = TrialTrainer(shared, header, signals, **inputs)
             return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
         except UserError as error:
-            raise UserError(f"Trial {claim.number}: {error}") from error
+            if _is_of_machine(error):
+                raise UserError(f"Trial {claim.number}: {error}") from error
+            for name, value in ((OUTCOME, FAILED), (FAILURE, str(error))):
+                claim.trial.set_user_attr(name, value)
+            self.study.tell(claim, None)
+            return FAILED
 
     def _trial_settings(self, values: Mapping[str, Any], path: Path, is_alone: bool) -> Settings:
         """Settings of a trial's run, which exports no model and saves checkpoints by time."""
@@ -242,22 +266,36 @@ class Tuning:
 
     def _print_header(self) -> None:
         so_far = self.results()
-        limit = "no limit" if math.isinf(self.limit) else f"{self.limit:.0f}"
+        limit = "no limit" if math.isinf(self.limit) else f"{self.limit:,.0f}"
+        if self.limit == self.points:
+            limit += ", one for each point of the search space"
         rows = [
             ("search", " ".join(dimension.text() for dimension in self.space)),
             ("metric", f"{self.metric}, {'highest' if self.maximize else 'lowest'}"),
             ("method", f"{self.options.sampler} sampler, {self.options.pruner} pruner"),
             ("trials", f"{limit}; {len(so_far.trials)} so far"),
+            *self._notes(),
             ("study", f"optuna-dashboard {shlex.quote(self.study.address)}"),
         ]
         with Console(quiet=self.quiet) as console:
             console.header(rows, "consyn-tune")
+
+    def _notes(self) -> list[tuple[str, str]]:
+        """Header rows about flags that are compiled, and about values that a search replaces."""
+        rows, replaced = [], [d.name for d in self.space if ", instead" in self.base[1][d.name]]
+        if compiled := [d.name for d in flags_of_programs(self.space, self.varied)]:
+            rows.append(("compiled", f"again for each value of {', '.join(compiled)}"))
+        if replaced:
+            rows.append(("replaced", f"by --search in --config: {', '.join(replaced)}"))
+        return rows
 
     def _note(self, claim: Claim, outcome: str, results: StudyResults) -> None:
         trial = results.trials[claim.number]
         values = ", ".join(f"{name} {as_text(value)}" for name, value in claim.values.items())
         value = "no value" if trial.value is None else f"{self.metric} {decimals(trial.value)}"
         end = "" if outcome == DONE else f", {outcome} at step {trial.step:,} of {trial.steps:,}"
+        if outcome == FAILED:
+            end = f", failed: {self.study.trials[claim.number].user_attrs[FAILURE]}"
         mark = " (best)" if results.best is trial else ""
         with Console(quiet=self.quiet) as console:
             console.note(f"Trial {claim.number}: {values}: {value}{end}{mark}")
@@ -267,6 +305,11 @@ class Tuning:
             show(line)
         running = [trial for trial in results.trials if trial.outcome == "running"]
         lines = []
+        if len(results.trials) >= (points := num_points(results.space) or math.inf):
+            lines.append(
+                f"The search space has {points:,.0f} points, and all have been tried. Widen "
+                "--search in another --output to try more."
+            )
         if running:
             lines.append(f"Trials running in other processes: {len(running)}.")
         if (best := results.best) is not None and best.value is not None:
@@ -281,6 +324,14 @@ class Tuning:
         where = f"Everything is in {self.output}: {', '.join(names)}."
         with Console(quiet=self.quiet) as console:
             console.finish([*lines, where])
+
+
+def _is_of_machine(error: UserError) -> bool:
+    """Whether a trial failed for want of a file or a package, and not because of its values."""
+    cause = error.__cause__
+    while cause is not None and not isinstance(cause, OSError | ImportError):
+        cause = cause.__cause__
+    return cause is not None
 
 
 def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
@@ -311,14 +362,9 @@ def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
     return found
 
 
-def _limit(options: StudyOptions, points: int) -> float:
-    """Maximum number of trials; infinite if only `--time_budget` limits the study.
-
-    Args:
-        points: number of points of the search grid, which limits the grid sampler.
-    """
-    if options.sampler == "grid":
-        return min(options.trials or points, points)
+def _limit(options: StudyOptions) -> float:
+    """Maximum number of trials; infinite if the study may try the whole search space."""
     if options.trials is not None:
         return options.trials
-    return TRIALS if options.time_budget is None else math.inf
+    is_limited = options.sampler != "grid" and options.time_budget is None
+    return TRIALS if is_limited else math.inf

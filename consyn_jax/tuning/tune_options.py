@@ -6,15 +6,17 @@ JAX is not imported, so that `consyn-tune --help` is quick.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from consyn_jax.config import RunConfig
+from consyn_jax.config import PRESETS, RunConfig
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.evaluation_metrics import EVALUATION_METRICS, is_greater_better
 from consyn_jax.flags import flag, flags, flat, grouped
 from consyn_jax.integers import natural
+from consyn_jax.model_config import WEIGHT_SHAPES
 from consyn_jax.resolve import merge
 from consyn_jax.tuning.ladder.ladder_options import (
     LadderOptions,
@@ -24,7 +26,8 @@ from consyn_jax.tuning.ladder.ladder_options import (
     parse_sizes,
 )
 from consyn_jax.tuning.ladder.model_family import ladder_shapes
-from consyn_jax.tuning.search_space import Dimension, check_corners, parse_search
+from consyn_jax.tuning.search_space import Dimension, parse_search
+from consyn_jax.tuning.space.space_checks import check_effects, check_space
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 SAMPLERS = ("tpe", "random", "qmc", "grid")
@@ -33,9 +36,12 @@ AUTO = "auto"
 TRIALS = 20  # of a study without a limit
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Flags of training that a study does not support, with the reason.
-_NOT_HERE = {
+NOT_HERE = {
     "streaming": "a study prepares its data once, for all trials",
-    "distributed": "a trial runs in one process; start consyn-tune several times on one --output",
+    **dict.fromkeys(
+        ("distributed", "coordinator_address", "num_processes", "process_id", "rendezvous_seconds"),
+        "a trial runs in one process; start consyn-tune several times on one --output",
+    ),
     "decay_from": "a trial starts at step 0",
     "remote": "a study has many runs, but a bucket URL stores only one",
     "resume": "consyn-tune always continues the study in --output",
@@ -118,6 +124,7 @@ def resolve_tuning(
     of_flags, own = _split(given)
     of_file, own_of_file = _split(file or {})
     origin = f"file {file_name}"
+    _check_search_of_file(own_of_file.get("search", []), origin)
     values, origins = merge(StudyConfig, ((own_of_file, origin), (own, "flag")))
     own_settings = grouped(StudyConfig, values)
     study, ladder = own_settings.study, own_settings.ladder
@@ -133,14 +140,65 @@ def resolve_tuning(
     _check_study(study)
     space = parse_search(study.search)
     check_sampler(study.sampler, space)
+    _check_given(space, of_flags)
     _check_run(grouped(RunConfig, run_values))
     run = VariedRun(_with_metric(of_flags, of_file, study.metric), of_file, file_name)
-    check_corners(space, run.with_values)
-    config, run_origins = run.with_values({d.name: d.ends[0] for d in space})
+    with _naming_metric(study.metric):
+        config, run_origins = _first_run(run, space)
     if study.metric is None:
         values["metric"] = config.evaluation.metric_for_best_model
         origins["metric"] = "metric_for_best_model"
     return grouped(TuneConfig, {**flat(config), **values}), {**run_origins, **origins}
+
+
+def _check_search_of_file(search: Any, origin: str) -> None:
+    """Check that `search` in a config file is a list of texts, as on the command line.
+
+    Raises:
+        UserError: it has another form, such as a mapping.
+    """
+    items = search if isinstance(search, list) else [search]
+    if not all(isinstance(item, str) and len(item.split()) == 1 for item in items):
+        raise UserError(
+            f"search ({origin}) must be a list of FLAG=VALUES. Write search: "
+            "['lr=1e-4:1e-2:log', 'optimizer=adamw,muon']."
+        )
+
+
+def _first_run(run: VariedRun, space: Sequence[Dimension]) -> Settings:
+    """Check the runs of a search, and return the one with the first value of each searched flag.
+
+    Raises:
+        UserError: a run is refused, or a searched flag has no effect.
+    """
+    plain: UserError | None = None
+    try:
+        run.with_values({})
+    except UserError as error:  # a value of --search may mend it
+        plain = error
+    runs = check_space(space, run.with_values, plain)
+    config, origins = run.with_values({d.name: d.ends[0] for d in space})
+    of_weights = [d.name for d in space if d.name in WEIGHT_SHAPES]
+    if of_weights and config.model.checkpoint is not None:
+        raise UserError(
+            f"--search {of_weights[0]} cannot vary, because all trials start from the weights of "
+            f"{config.model.checkpoint}, which set it. Leave {of_weights[0]} out of --search, or "
+            f"leave --{'checkpoint' if config.model.model in PRESETS else 'model'} out."
+        )
+    check_effects(space, [config for config, _ in runs])
+    return config, origins
+
+
+@contextmanager
+def _naming_metric(metric: str | None) -> Iterator[None]:
+    """Name `--metric` in errors about `--metric_for_best_model`, if the user gave the former."""
+    try:
+        yield
+    except UserError as error:
+        if metric is None:
+            raise
+        text = str(error).replace("--metric_for_best_model", "--metric")
+        raise UserError(text) from error
 
 
 def scaled_run(run: VariedRun) -> Settings:
@@ -259,6 +317,22 @@ def check_sampler(sampler: str, space: Sequence[Dimension]) -> None:
         )
 
 
+def _check_given(space: Sequence[Dimension], of_flags: Mapping[str, Any]) -> None:
+    """Check that no flag of the command line is also searched.
+
+    Raises:
+        UserError: a flag has a value on the command line, and values in `--search`.
+    """
+    given = {name.replace("-", "_"): value for name, value in of_flags.items()}
+    for dimension in space:
+        names = (dimension.name, *flags(RunConfig)[dimension.name].aliases)
+        if found := next((name for name in names if name in given), None):
+            raise UserError(
+                f"--{found} {given[found]} and --search {dimension.text()} set the same flag. "
+                "Leave one of the two out."
+            )
+
+
 def _check_run(config: RunConfig) -> None:
     """Check that the run suits a study.
 
@@ -266,7 +340,7 @@ def _check_run(config: RunConfig) -> None:
         UserError: a study does not support a flag of the run, or there are no evaluations.
     """
     known = flags(RunConfig)
-    for name, reason in _NOT_HERE.items():
+    for name, reason in NOT_HERE.items():
         if getattr(getattr(config, known[name].group), name) != known[name].default:
             raise UserError(f"--{name} does not work with consyn-tune: {reason}. Leave it out.")
     data = config.data

@@ -52,7 +52,8 @@ class VariedRun:
         run, origins = resolve({**self.given, **values}, self.file, file_name=self.file_name)
         more = {name: found for name, found in self.from_data.items() if name not in values}
         named = {name: origin for name, (_, origin) in more.items()}
-        named |= dict.fromkeys(values, SEARCH)
+        replaced = f"{SEARCH}, instead of file {self.file_name}"
+        named |= {name: replaced if name in self.file else SEARCH for name in values}
         return with_flags(run, {name: v for name, (v, _) in more.items()}), origins | named
 
     def with_data(self, before: RunConfig, after: Settings) -> VariedRun:

@@ -14,6 +14,7 @@ import jax
 import pytest
 
 from consyn_jax.cli import train, tune
+from consyn_jax.errors import UserError
 from consyn_jax.tuning.trial_run import TrialRun
 
 from .conftest import TINY
@@ -161,16 +162,8 @@ def test_a_mistake_that_only_the_data_shows_comes_before_the_first_trial(
     for more, sentence in (
         (["--eval_steps", 6], "Lower --eval_steps, or use --pruner none"),
         (
-            [
-                "--search",
-                "warmup_ratio=0:0.1",
-                "warmup_steps=1:7",
-                "--max_steps",
-                9,
-                "--epochs",
-                0.5,
-            ],
-            "with --warmup_ratio 0 --warmup_steps 7 is refused: Warm-up of 7 steps is longer",
+            ["--search", "warmup_steps=1:7", "--max_steps", 9, "--epochs", 0.5],
+            "with --warmup_steps 7 is refused: Warm-up of 7 steps is longer",
         ),
     ):
         assert tune.main(flags(corpus, output, *more)) == 2
@@ -180,6 +173,36 @@ def test_a_mistake_that_only_the_data_shows_comes_before_the_first_trial(
     (output / "metrics.jsonl").write_text("")
     assert tune.main(flags(corpus, output)) == 2
     assert "contains a run of consyn-train" in capfd.readouterr().err
+
+
+def test_a_trial_that_is_refused_fails_and_the_study_goes_on(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an error that only the trial itself shows; then all trials fail, and the disk does."""
+    cause: list[Exception] = []
+
+    def refuse(self: TrialRun) -> str:
+        if not cause and self.claim.values["seed"] == 2:
+            self.claim.trial.set_user_attr("outcome", "done")
+            self.study.tell(self.claim, 1.0)
+            return "done"
+        raise UserError(f"No seed {self.claim.values['seed']}.") from next(iter(cause), None)
+
+    monkeypatch.setattr(TrialRun, "run", refuse)
+    given = [*TINY, "--validation_fraction", "0.2", "--data", corpus, "--output"]
+    start = [str(word) for word in given]
+    assert tune.main([*start, str(tmp_path / "a"), "--search", "seed=1:3", "--trials", "9"]) == 0
+    said = capfd.readouterr()
+    assert "seed 1: no value, failed: No seed 1." in said.err
+    assert "The search space has 3 points, and all have been tried." in said.err
+    assert said.out.count("failed") == 2
+    assert tune.main([*start, str(tmp_path / "b"), "--search", "seed=3:99"]) == 2
+    assert "All 5 trials failed, the last one because: No seed" in capfd.readouterr().err
+    cause.append(OSError("no space"))
+    for _ in range(2):  # nothing is recorded
+        assert tune.main([*start, str(tmp_path / "c"), "--search", "seed=1:3"]) == 2
+        assert capfd.readouterr().err.splitlines()[-1].startswith("consyn-tune: Trial 0: No seed")
+    assert trials(tmp_path / "c") == {0: "RUNNING"}
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ import torch
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.training.loss import (
     Chunks,
-    Extras,
     LossSums,
     cross_entropy,
     head_loss,
     head_objective,
 )
+from consyn_jax.training.program_arguments import Extras
 
 B, T, D, V = 4, 18, 16, 128
 WHOLE = 2**26
@@ -269,6 +269,24 @@ def test_extras_equal_torch(
         rtol=1e-6,
         err_msg="the reported sums are those of the plain loss",
     )
+
+
+@pytest.mark.parametrize("vocab_first", [False, True])
+def test_extras_may_be_arguments_of_the_program(
+    inputs: tuple[jax.Array, ...], vocab_first: bool
+) -> None:
+    """As in a study; on a mesh, tests/tuning/test_shared_programs.py."""
+    chunks = Chunks(B * T * V // 4, vocab_first=vocab_first)
+    constants = objective_with_gradients(EXTRAS[2], 100, chunks)(*inputs)
+
+    @jax.jit
+    def traced(extras: Extras) -> Any:
+        return objective_with_gradients(extras, 100, chunks)(*inputs)
+
+    found = traced(Extras(*map(jnp.float32, EXTRAS[2])))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(constants), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
+    assert traced(Extras(jnp.float32(0.5), jnp.float32(0)))[0][0] != found[0][0]
 
 
 @pytest.mark.slow

@@ -108,9 +108,17 @@ def shared(run: RunConfig, programs: SharedPrograms) -> list[float]:
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "adamw": (
-        {"lr": 1e-2, "scheduler": "wsd", "warmup_steps": 2},
+        {
+            "lr": 1e-2,
+            "scheduler": "wsd",
+            "warmup_steps": 2,
+            "label_smoothing": 0.05,
+            "z_loss": 1e-4,
+        },
         {
             "lr": 3e-2,
+            "label_smoothing": 0.2,
+            "z_loss": 1e-2,
             "weight_decay": 0.3,
             "beta1": 0.8,
             "beta2": 0.9,
@@ -178,6 +186,7 @@ def test_a_trial_learns_as_a_run_with_constants(name: str) -> None:
         ("hidden_dim", 32),
         ("batch_size", 16),
         ("label_smoothing", 0.1),
+        ("z_loss", 1e-4),
         ("dropout", 0.1),
         ("scheduler", "plateau"),
         ("moment_dtype", "bfloat16"),
@@ -221,7 +230,8 @@ def test_runs_of_several_lengths_share_a_program() -> None:
 
 
 def test_what_is_off_is_no_argument() -> None:
-    assert {"dropout", "momentum"}.isdisjoint(numbers_of(run_of(), STEPS))
+    off = {"dropout", "momentum", "label_smoothing", "z_loss"}
+    assert off.isdisjoint(numbers_of(run_of(), STEPS))
     on = numbers_of(run_of(dropout=0.1, optimizer="muon"), STEPS)
     assert on["dropout"] == np.float32(0.1)
     assert on["momentum"] == np.float32(0.95)

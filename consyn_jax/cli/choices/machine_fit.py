@@ -108,7 +108,7 @@ def _given(config: RunConfig, origins: Mapping[str, str]) -> dict[str, Any]:
     given = {
         name: value
         for name, value in flat(config).items()
-        if origins[name] in GIVEN or origins[name].startswith("file ")
+        if origins[name] in GIVEN or origins[name].startswith(("file ", "search"))
     }
     if config.model.model not in PRESETS:  # its sequence length is not a default of any preset
         given["max_tokens"] = config.length
@@ -144,7 +144,7 @@ def _suggestion(
     Returns:
         A list with one candidate and its needs; empty if no candidate fits.
     """
-    for changes in candidates:
+    for changes in filter(None, candidates):
         with suppress(UserError):  # the user's dimensions may not fit another preset
             need = _need(resolve(given | changes)[0], choice.base, vocab_size, tokens)
             if need.memory > COMFORT_SHARE * memory:

@@ -11,7 +11,7 @@ from consyn_jax.config import PRESETS, ModelOptions, RunConfig, architecture
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import flat, with_flags
 from consyn_jax.hub_download import is_elsewhere
-from consyn_jax.model_config import FileFormat, ModelConfig
+from consyn_jax.model_config import WEIGHT_SHAPES, FileFormat, ModelConfig
 from consyn_jax.validation import check_context
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 
 Tokens = Callable[[ModelConfig], ModelConfig]
 
-# Fields that must agree with the weights; context, rotation and windows may differ.
-WEIGHT_SHAPES = (
-    *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
-    *("qk_norm", "tie_embeddings", "qkv_bias", "output_bias", "mlp_bias"),
-)
 _NOT_SIZES = ("model", "checkpoint", "gradient_accumulation_steps", "seed")
 
 

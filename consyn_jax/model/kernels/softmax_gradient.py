@@ -32,8 +32,8 @@ def softmax_gradient(
     labels_n: Int[Array, " n"],
     weights_n: Float[Array, " n"],
     vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
+    label_smoothing: float | Float[Array, ""],
+    z_loss: float | Float[Array, ""],
     dtype: Any,
 ) -> tuple[Float[Array, "n V"], PerToken, PerToken, PerToken, PerToken]:
     """Gradient of the loss with respect to the logits: cross-entropy, label smoothing and z-loss.
@@ -42,6 +42,7 @@ def softmax_gradient(
         labels_n: Label of each token, below `vocab_size`; tokens of weight 0 may have any label.
         weights_n: Weight of each token in the loss, a factor of its gradient.
         vocab_size: Number of real logits per token; the remaining columns are padding.
+        label_smoothing: A constant of the kernel or, as an array, an argument; so is `z_loss`.
         dtype: The dtype of the gradient.
 
     Returns:
@@ -54,42 +55,48 @@ def softmax_gradient(
     width = min(WIDTH, pl.next_power_of_2(V))
     whole = pl.cdiv(V, width) * width
     row, scalar = pl.BlockSpec((None, whole), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (i,))
+    weights = {"smoothing": label_smoothing, "z_loss": z_loss}
+    arguments = {name: x for name, x in weights.items() if isinstance(x, jax.Array)}
     per_token = jax.ShapeDtypeStruct((n,), jnp.float32)
     kernel = partial(
         _kernel,
         width=width,
         num_logits=V,
         vocab_size=vocab_size,
-        smoothing=label_smoothing,
-        z_loss=z_loss,
+        constants={name: x for name, x in weights.items() if name not in arguments},
+        arguments=tuple(arguments),
     )
     return pl.pallas_call(
         kernel,
         grid=(n,),
-        in_specs=[row, scalar, scalar],
+        in_specs=[row, scalar, scalar, *[pl.BlockSpec((1,), lambda i: (0,))] * len(arguments)],
         out_specs=(row, *[scalar] * 4),
         out_shape=(jax.ShapeDtypeStruct((n, V), dtype), *[per_token] * 4),
         compiler_params=pltriton.CompilerParams(num_warps=max(4, width // 512)),
         name="softmax_gradient",
-    )(logits_nV, labels_n, weights_n.astype(jnp.float32))
+    )(
+        logits_nV,
+        labels_n,
+        weights_n.astype(jnp.float32),
+        *(x.astype(jnp.float32).reshape(1) for x in arguments.values()),
+    )
 
 
 def _kernel(
     logits_ref,
     label_ref,
     weight_ref,
-    dlogits_ref,
-    top_ref,
-    log_z_ref,
-    label_logit_ref,
-    mean_ref,
-    *,
+    *refs,
     width,
     num_logits,
     vocab_size,
-    smoothing,
-    z_loss,
+    constants,
+    arguments,
 ):
+    *argument_refs, dlogits_ref, top_ref, log_z_ref, label_logit_ref, mean_ref = refs
+    values = constants | {n: ref[0] for n, ref in zip(arguments, argument_refs, strict=True)}
+    smoothing, z_loss = values["smoothing"], values["z_loss"]
+    smooths = "smoothing" in arguments or bool(smoothing)
     blocks = logits_ref.shape[0] // width
     label = jnp.clip(label_ref[0], 0, vocab_size - 1)
 
@@ -100,7 +107,7 @@ def _kernel(
         )
         return at, logits.astype(jnp.float32)
 
-    top, log_z, total_logit = _reduce_row(load, blocks, width, vocab_size, bool(smoothing))
+    top, log_z, total_logit = _reduce_row(load, blocks, width, vocab_size, smooths)
     top_ref[0], log_z_ref[0], label_logit_ref[0], mean_ref[0] = (
         top,
         log_z,
@@ -113,7 +120,7 @@ def _kernel(
         at, logits = load(j)
         share = jnp.exp2((logits - log_z) * LOG2_E) * factor
         target = jnp.where(at == label, 1.0 - smoothing, 0.0)
-        if smoothing:
+        if smooths:
             target += jnp.where(at < vocab_size, smoothing / vocab_size, 0.0)
         gradient = ((share - target) * weight).astype(dlogits_ref.dtype)
         pltriton.store(dlogits_ref.at[pl.ds(j * width, width)], gradient, mask=at < num_logits)

@@ -108,7 +108,7 @@ def read_eval_requests(
             "Leave --eval_requests out."
         )
     tasks, encoded = dict[str, Task](), dict[str, Encoded]()
-    for task in read_tasks(options.eval_requests):
+    for task in read_tasks(options.eval_requests, "--eval_requests"):
         if task.questions:
             raise UserError(
                 f"{task.questions[0].place} asks for a text, but evaluations during a run only "

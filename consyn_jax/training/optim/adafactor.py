@@ -12,7 +12,7 @@ import optax
 from consyn_jax.model.parameters import Params, map_axes
 from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.optim.groups import Axes, is_matrix, matrix_sides
-from consyn_jax.training.step import is_used
+from consyn_jax.training.program_arguments import is_used
 
 # Matrices with a side shorter than this are not factored, because their second moments take little
 # memory (as in big_vision).

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from consyn_jax.optimizer_config import OptimizerOptions
-from consyn_jax.training.step import Number
+from consyn_jax.training.program_arguments import Number
 
 
 def adam(options: OptimizerOptions) -> optax.GradientTransformation:

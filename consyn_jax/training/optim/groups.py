@@ -11,7 +11,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.model.parameters import MupFactors, Params, map_axes, mup_factors
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
-from consyn_jax.training.step import Number
+from consyn_jax.training.program_arguments import Number
 from consyn_jax.validation import parse_multipliers
 
 Axes = tuple[str | None, ...]

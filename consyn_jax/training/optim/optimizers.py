@@ -21,7 +21,7 @@ from consyn_jax.training.optim.cautious_adamw import cautious_adamw
 from consyn_jax.training.optim.groups import decay_mask, rate_multipliers
 from consyn_jax.training.optim.muon import muon
 from consyn_jax.training.optim.state import scale_by_plateau
-from consyn_jax.training.step import Number, is_used
+from consyn_jax.training.program_arguments import Number, is_used
 from consyn_jax.validation import parse_multipliers
 
 

@@ -69,7 +69,12 @@ def parse_sizes(text: str) -> int | tuple[float, ...]:
     (4, (100000.0, 200000.0, 400000.0))
     """
     count = natural(text)
-    if count is not None and count <= MOST_RUNGS:
+    if count is not None:
+        if count > MOST_RUNGS:
+            raise UserError(
+                f"--ladder {text} is a number of sizes above {MOST_RUNGS}, the most that a ladder "
+                "trains. Give fewer, or at least three sizes in parameters such as 1e5,2e5,4e5."
+            )
         if count < FEWEST_RUNGS:
             raise UserError(
                 f"--ladder {text} gives too few sizes to fit a curve. Use at least {FEWEST_RUNGS}."

@@ -34,7 +34,7 @@ from consyn_jax.tuning.shared_programs import (
     Numbers,
     SharedPrograms,
     batch_of_step,
-    constants_of,
+    flags_of_programs,
     numbered_step,
     numbers_of,
     placed,
@@ -48,7 +48,7 @@ GROWTH = 1.1  # `auto` doubles the lanes if the steps per second grow by at leas
 FEWEST, MEASURED_S = 4, 1.0  # a measurement takes at least this many steps and seconds
 # Flags with one value that needs another program, and advice to leave this value out.
 _REMEDIES = {
-    **dict.fromkeys(("dropout", "momentum"), "Begin it above 0"),
+    **dict.fromkeys(("dropout", "label_smoothing", "momentum", "z_loss"), "Begin it above 0"),
     "scheduler": "Remove plateau from its values",
 }
 
@@ -303,15 +303,12 @@ def check_lanes(config: TuneConfig, varied: VariedRun) -> None:
     }
     for name in (name for name, is_given in refused.items() if is_given):
         raise UserError(f"--{name} does not work with --vectorize. Leave one of the two flags out.")
-    first = {dimension.name: dimension.ends[0] for dimension in space}
-    for dimension in space:
-        runs = (varied.with_values({**first, dimension.name: end})[0] for end in dimension.ends)
-        if len({constants_of(run) for run in runs}) > 1:
-            remedy = _REMEDIES.get(dimension.name, "Leave it out of --search")
-            raise UserError(
-                "--vectorize needs the same program for all trials, but --search "
-                f"{dimension.text()} changes it. {remedy}, or leave --vectorize out."
-            )
+    for dimension in flags_of_programs(space, varied):
+        remedy = _REMEDIES.get(dimension.name, "Leave it out of --search")
+        raise UserError(
+            "--vectorize needs the same program for all trials, but --search "
+            f"{dimension.text()} changes it. {remedy}, or leave --vectorize out."
+        )
     if (devices := jax.device_count()) > 1:
         raise UserError(
             f"--vectorize uses one device, but there are {devices}. Start the command once for "

@@ -10,7 +10,8 @@ from jax.experimental import pallas
 
 from consyn_jax.distributed.mesh import AXES, build_mesh
 from consyn_jax.model.kernels import softmax_gradient
-from consyn_jax.training.loss import Chunks, Extras, head_objective
+from consyn_jax.training.loss import Chunks, head_objective
+from consyn_jax.training.program_arguments import Extras
 
 B, T, D = 4, 24, 16
 
@@ -76,6 +77,17 @@ def test_it_equals_the_plain_operations(
     )
     np.testing.assert_allclose(objective, expected, rtol=1e-6)
     np.testing.assert_allclose(own, sums, rtol=1e-6)
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("names", [("label_smoothing", "z_loss"), ("z_loss",)], ids=str)
+def test_weights_may_be_arguments(names: tuple[str, ...]) -> None:
+    given, constants, chunks = inputs(128), Extras(0.1, 1e-3), Chunks(32 * 128, kernel=True)
+    (expected, _), theirs = gradients(given, 100, constants, chunks)
+    own = {name: jnp.float32(getattr(constants, name)) for name in names}
+    (objective, _), ours = gradients(given, 100, constants._replace(**own), chunks)
+    np.testing.assert_allclose(objective, expected, rtol=1e-6)
     for got, wanted in zip(ours, theirs, strict=True):
         assert np.linalg.norm(got - wanted) <= 1e-6 * np.linalg.norm(wanted)
 

@@ -1,0 +1,1 @@
+"""The search space before and during a study: its checks, and points not yet tried."""

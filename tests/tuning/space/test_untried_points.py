@@ -1,0 +1,72 @@
+"""Points of a finite space: none is drawn twice while another is left."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consyn_jax.tuning.optuna_study import OptunaStudy
+from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.space.untried_points import UntriedPoints, num_points
+from consyn_jax.tuning.tune_options import StudyOptions
+
+if not os.environ.get("CI"):  # where the extra must be installed
+    pytest.importorskip("optuna", reason="needs the extra tune")
+
+SPACE = [Dimension("optimizer", choices=("adamw", "lion")), Dimension("num_layers", 1, 3)]
+
+
+def points(output: Path, number: int, **options: Any) -> list[tuple[Any, ...]]:
+    """Work through trials, with a new process for each."""
+    more: dict[str, Any] = {"maximize": False, "num_evaluations": 2, "seed": 1}
+    for i in range(number):
+        study = OptunaStudy(output, StudyOptions(**options), SPACE, {}, **more)
+        claim = study.claim(number)
+        assert claim is not None
+        study.tell(claim, float(claim.values["num_layers"] + i))
+        claim.release()
+    return [(t.params["optimizer"], t.params["num_layers"]) for t in study.trials]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_every_point_is_tried_once(tmp_path: Path, sampler: str) -> None:
+    found = points(tmp_path, 6, sampler=sampler)
+    assert set(found) == {(name, layers) for name in ("adamw", "lion") for layers in (1, 2, 3)}
+
+
+def test_when_all_points_are_tried_some_are_repeated(tmp_path: Path) -> None:
+    """As in a study of an earlier version, whose limit is a number of trials."""
+    assert len(points(tmp_path, 8)) == 8
+
+
+def test_a_sampler_that_repeats_itself_is_not_asked_forever() -> None:
+    class Stuck:
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_relative(self, study: Any, trial: Any, space: Any) -> dict[str, Any]:
+            return {"optimizer": "lion", "num_layers": 2}
+
+    class Trial:
+        def __init__(self, number: int, *values: Any) -> None:
+            self.number, self.params = number, dict(zip(names, values, strict=False))
+
+    class Study:
+        def get_trials(self, deepcopy: bool) -> list[Trial]:
+            return trials
+
+    names = [dimension.name for dimension in SPACE]
+    trials, seen = [Trial(0, "lion", 2)], {("lion", 2)}
+    for number in range(1, 6):
+        sampler = UntriedPoints(Stuck(), SPACE, dict.fromkeys(names), seed=number)
+        drawn = sampler.sample_relative(Study(), Trial(number), {})
+        trials.append(Trial(number, *drawn.values()))
+        seen.add(tuple(drawn.values()))
+    assert len(seen) == 6
+
+
+def test_a_range_of_numbers_has_no_number_of_points() -> None:
+    assert num_points(SPACE) == 6
+    assert num_points([*SPACE, Dimension("lr", 0.1, 0.2)]) is None
+    assert num_points([Dimension("seed", 0, 10**9)]) == 10**9 + 1
