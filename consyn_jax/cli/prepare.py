@@ -258,7 +258,7 @@ def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[s
         remedy = f"the validation split has no document; {prepared.validation_remedy}"
         rows.append(("validation", f"empty: {remedy}"))
     rows += by_name(prepared.validation, config.data)
-    rows += noticed(prepared.used, config.data, prepared.store.tokenizer)
+    rows += noticed(prepared.used, config.data, prepared.store.tokenizer, report)
     if prepared.left_out:
         rows.append(("left out", left_out_files(prepared.left_out)))
     if prepared.one_writer:

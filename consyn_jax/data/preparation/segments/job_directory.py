@@ -210,7 +210,7 @@ def _check_directory(path: Path) -> None:
             raise UserError(f"{place} cannot be used: {each} is a broken link. {_ELSEWHERE}")
     if path.exists() and not path.is_dir():
         raise UserError(f"{place} is a file. {_ELSEWHERE}")
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
         raise UserError(f"{place} cannot be made: {there} is a file. {_ELSEWHERE}")
     probe = aside(there / "probe")
