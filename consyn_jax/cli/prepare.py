@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -103,8 +104,7 @@ def make(config: PrepareConfig) -> None:
     output = Path(config.store.output)
     check_writable(output)
     check_output(output)
-    if config.store.overwrite:
-        _delete_store(config, output)
+    scratch = _delete_store(config, output) if config.store.overwrite else []
     began = time.monotonic()
     with (
         redirect_stdout(sys.stderr),  # Ray prints its notes about lost workers and nodes
@@ -124,6 +124,7 @@ def make(config: PrepareConfig) -> None:
         except KeyboardInterrupt as stopped:
             raise Interrupted(_interruption(config, output)) from stopped
         bar.close()
+        prepared = dataclasses.replace(prepared, scratch=(*scratch, *prepared.scratch))
         pairs = " --objective dpo --checkpoint MODEL" if prepared.store.holds_pairs else ""
         console.finish(
             [
@@ -140,14 +141,21 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
     return f"interrupted; finished work is kept in {output}. Run {same} again to continue."
 
 
-def _delete_store(config: PrepareConfig, path: Path) -> None:
+def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
     """Delete the token store in `path`, for `--overwrite`.
 
     All input is checked first, so that wrong input does not lead to the deletion of the old store.
 
+    Returns:
+        Directories of its segments that cannot be deleted.
+
     Raises:
         UserError: the input cannot be used or is in `path`, or `path` holds other files.
     """
+    from consyn_jax.data.preparation.segments.job_directory import (
+        check_shared_directory,
+        remove_scratch,
+    )
     from consyn_jax.data.sources.discovery import find_sources
     from consyn_jax.data.store.manifest import STORE_FILE, delete_store
     from consyn_jax.tokenization import load_tokenizer
@@ -156,7 +164,7 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
     found = find_sources(data.data, data.dataset_type, invalid_utf8=data.invalid_utf8)
     sources = (*found.sources, *found.validation)
     if sources[0].kind == "sharded":
-        return  # `prepare` refuses to prepare tokens again
+        return []  # `prepare` refuses to prepare tokens again
     used = [("data", source.name) for source in sources]
     if data.validation:
         held_out = find_sources(data.validation, flag="validation", invalid_utf8=data.invalid_utf8)
@@ -176,14 +184,18 @@ def _delete_store(config: PrepareConfig, path: Path) -> None:
             f"--overwrite would delete {listed(strangers)} in --output {path}, which does not "
             "belong to a token store. Move it elsewhere."
         )
+    if config.workers.shared_directory is not None:
+        check_shared_directory(config.workers.shared_directory, path, data)
     _check_unused(path)
     try:
+        scratch = remove_scratch(path)
         delete_store(path)
     except OSError as error:
         raise UserError(
             f"--overwrite cannot delete {error.filename}: {error.strerror}. Delete it, or name "
             "another --output."
         ) from error
+    return scratch
 
 
 def _check_unused(path: Path) -> None:
@@ -246,11 +258,19 @@ def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[s
         remedy = f"the validation split has no document; {prepared.validation_remedy}"
         rows.append(("validation", f"empty: {remedy}"))
     rows += by_name(prepared.validation, config.data)
-    rows += noticed(prepared.used, config.data, prepared.store.tokenizer)
+    rows += noticed(prepared.used, config.data, prepared.store.tokenizer, report)
     if prepared.left_out:
         rows.append(("left out", left_out_files(prepared.left_out)))
     if prepared.one_writer:
         rows.append(("writers", f"one, not many: {prepared.one_writer}"))
+    if prepared.scratch:
+        rows.append(
+            (
+                "scratch",
+                f"{listed(prepared.scratch)} has segments of this store that are "
+                "not needed any more and cannot be deleted from here; delete it",
+            )
+        )
     if not prepared.from_cache:
         rate = size(report.file_bytes / max(seconds, 1e-3))
         rows.append(("time", f"{duration(seconds)}, {rate}/s"))

@@ -1,4 +1,4 @@
-"""Parse bucket URLs, and check which flags accept them. Only the standard library is imported."""
+"""Parse bucket URLs, and check the paths, URLs and addresses of flags; standard library only."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ LOCAL = frozenset(
     }
 )
 REMOTE = "remote"
+ADDRESSES = frozenset({"ray_address", "coordinator_address", "storage", "push_to_hub"})
 _LONGEST = 200  # characters of a URL in a message
 MOST_KEY_BYTES = 1024  # the limit of S3 and of GCS
 
@@ -115,7 +116,7 @@ def shown(text: str) -> str:
 
 
 def understood(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the URLs in the values of flags, and replace hf:// URLs by names on the Hub.
+    """Check paths, URLs and addresses of flags, and replace hf:// URLs by names on the Hub.
 
     Args:
         values: values of all flags, by name.
@@ -124,9 +125,13 @@ def understood(values: Mapping[str, Any]) -> dict[str, Any]:
         New values of the flags in `READ` and `LOCAL`.
 
     Raises:
-        UserError: a flag has a URL that it does not accept.
+        UserError: a value is empty, or is a URL that its flag does not accept.
     """
     changed: dict[str, Any] = {}
+    for name in sorted(values.keys() & (READ | LOCAL | ADDRESSES | {REMOTE})):
+        # An empty path would be the current directory. A variable that is not set makes one.
+        if "" in (values[name] if isinstance(values[name], tuple) else (values[name],)):
+            raise UserError(f"--{name} has an empty value. Give one, or leave --{name} out.")
     for name in values.keys() & (READ | LOCAL | {REMOTE}):
         given = values[name]
         if name == REMOTE and given is not None:

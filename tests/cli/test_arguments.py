@@ -395,6 +395,16 @@ def test_the_output_of_print_config_is_a_recipe_for_the_same_preparation(
             ["--near_duplicates", "0.2"],
             "--near_duplicates must be a similarity from 0.5 to 1, not 0.2.",
         ),
+        *(
+            (
+                ["--engine", "ray", f"--{name}", ""],
+                f"--{name} has an empty value. Give one, or leave --{name} out.",
+            )
+            for name in (
+                *("data", "validation", "tokenizer", "output", "chat_template", "config"),
+                *("ray_address", "shared_directory"),
+            )
+        ),
         (
             ["--tokenizer", "train:10"],
             "--tokenizer train:SIZE must have a size from 260 to 1,000,000, not '10'.",

@@ -17,6 +17,7 @@ from consyn_jax.prepare_config import HELD_OUT, CorpusOptions
 if TYPE_CHECKING:
     from consyn_jax.data.pairs import PairDataset
     from consyn_jax.data.preparation.cached_store import Growing, Prepared
+    from consyn_jax.data.preparation.corpus_report import Report
     from consyn_jax.data.sources.source import Source
     from consyn_jax.tokenization import BPETokenizer
     from consyn_jax.training.dataset import ConsynDataset
@@ -279,7 +280,7 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
     names += [source.name for source in prepared.validation]
     notes = [("data", f"{listed(names)}: {', '.join(sizes)}")]
     notes += row_notes(report, options, store.tokenizer)
-    notes += noticed(prepared.used, options, store.tokenizer)
+    notes += noticed(prepared.used, options, store.tokenizer, report)
     notes += by_name(prepared.validation, options)
     if prepared.used[0].is_store and not options.validation_fraction:
         notes.append(("validation", "none: --validation_fraction is 0"))
@@ -311,13 +312,29 @@ def left_out_files(files: Sequence[tuple[str, str]]) -> str:
 
 
 def noticed(
-    sources: Sequence[Source], options: CorpusOptions, tokenizer: BPETokenizer
+    sources: Sequence[Source],
+    options: CorpusOptions,
+    tokenizer: BPETokenizer,
+    report: Report | None = None,
 ) -> list[Note]:
-    """Header lines about text files whose structure is not read, with the flags that read it."""
-    from consyn_jax.data.sources.recognition.unread_structure import unread_structure
+    """Header lines about text files whose structure is not read, with the flags that read it.
+
+    Args:
+        report: counts of all sources, in their order; None while they are unknown.
+    """
+    from consyn_jax.data.sources.recognition.unread_structure import (
+        unread_structure,
+        unused_separator,
+    )
+    from consyn_jax.data.sources.text_reader import separator
 
     end_text = tokenizer.decode([tokenizer.eos_token_id], False)
-    return [("noticed", text) for text in unread_structure(sources, options, end_text)]
+    texts = unread_structure(sources, options, end_text)
+    if options.document_separator is not None and report is not None:
+        counts = zip(sources, report.sources, strict=False)  # a damaged report has none
+        names = [s.name for s, n in counts if s.kind == "text" and n["documents"] == 1]
+        texts += [unused_separator(names, separator(options).decode())] if names else []
+    return [("noticed", text) for text in texts]
 
 
 def by_name(validation: Sequence[Source], options: CorpusOptions) -> list[Note]:

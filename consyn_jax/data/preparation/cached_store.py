@@ -37,8 +37,9 @@ from consyn_jax.data.preparation.preparation_spec import (
     key_of,
 )
 from consyn_jax.data.preparation.segments.engines import learn_hashes
+from consyn_jax.data.preparation.segments.job_directory import check_shared_directory
 from consyn_jax.data.preparation.segments.many_writers import one_writer_reason
-from consyn_jax.data.preparation.store_making import build
+from consyn_jax.data.preparation.store_making import Built, build
 from consyn_jax.data.sources.discovery import Corpus
 from consyn_jax.data.sources.recognition.splits import IS_TEST
 from consyn_jax.data.sources.source import Source
@@ -66,6 +67,7 @@ class Prepared:
         from_cache: whether the store was already complete in the cache.
         validation: the sources in `used` that are validation data.
         one_writer: why `--shared_directory` had no effect; "" if it had an effect or was not given.
+        scratch: directories in `--shared_directory` that are not needed and could not be removed.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -75,6 +77,7 @@ class Prepared:
     from_cache: bool
     validation: tuple[Source, ...] = ()
     one_writer: str = ""
+    scratch: tuple[Path, ...] = ()
 
     @property
     def validation_is_empty(self) -> bool:
@@ -123,12 +126,14 @@ def prepare(
     spec = build_spec(corpus, held_out, options, tokenizer, test_fraction, progress)
     if engine is not None:
         spec = dataclasses.replace(spec, engine=engine)
-    if spec.engine.shared_directory is not None:
+    if (shared := spec.engine.shared_directory) is not None:
+        if output is not None:
+            check_shared_directory(shared, output, options)
         learn_hashes(spec)
     key = key_of(spec, contents_of(spec))
     directory = _entry(key, options) if output is None else output
     destination = Destination(directory, key, spec.options, in_cache=output is None)
-    return _prepared(spec, directory, from_cache=build(spec, destination))
+    return _prepared(spec, directory, build(spec, destination))
 
 
 def start(
@@ -244,8 +249,8 @@ class Growing:
     def _run(self, spec: Spec, destination: Destination) -> None:
         prepared = failure = None
         try:
-            from_cache = build(spec, destination, self._publish)
-            prepared = _prepared(spec, destination.directory, from_cache)
+            built = build(spec, destination, self._publish)
+            prepared = _prepared(spec, destination.directory, built)
         except Stopped:
             return
         except BaseException as error:  # noqa: BLE001 (whatever it is, `split` raises it)
@@ -344,7 +349,7 @@ def _entry(key: str, options: CorpusOptions) -> Path:
     return directory
 
 
-def _prepared(spec: Spec, directory: Path, from_cache: bool) -> Prepared:
+def _prepared(spec: Spec, directory: Path, built: Built) -> Prepared:
     store = TokenStore(directory)
     if not store.split(TRAIN).num_tokens:
         raise UserError(
@@ -355,4 +360,13 @@ def _prepared(spec: Spec, directory: Path, from_cache: bool) -> Prepared:
     check_leniency(report, spec.options)
     held_out = spec.sources[: spec.num_validation]
     one_writer = one_writer_reason(spec) if spec.engine.shared_directory is not None else ""
-    return Prepared(store, spec.sources, spec.left_out, report, from_cache, held_out, one_writer)
+    return Prepared(
+        store,
+        spec.sources,
+        spec.left_out,
+        report,
+        built.was_complete,
+        held_out,
+        one_writer,
+        built.scratch,
+    )

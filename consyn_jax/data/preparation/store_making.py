@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
 
 from consyn_jax.data.preparation.build import Preparation, Publish
 from consyn_jax.data.preparation.corpus_report import check_leniency
@@ -10,14 +12,27 @@ from consyn_jax.data.preparation.destination import Destination, check_output
 from consyn_jax.data.preparation.journal import JOURNAL, Journal
 from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.segments.engines import start_tasks
+from consyn_jax.data.preparation.segments.job_directory import remove_scratch
 from consyn_jax.data.preparation.segments.many_writers import ManyWriters, one_writer_reason
 from consyn_jax.errors import UserError
 
 
-def build(spec: Spec, destination: Destination, publish: Publish | None = None) -> bool:
-    """Make or finish the store; return whether it was already complete."""
+class Built(NamedTuple):
+    """What `build` did.
+
+    Attributes:
+        was_complete: whether the store was already complete.
+        scratch: directories of segments that it could not remove.
+    """
+
+    was_complete: bool
+    scratch: tuple[Path, ...] = ()
+
+
+def build(spec: Spec, destination: Destination, publish: Publish | None = None) -> Built:
+    """Make or finish the store."""
     if destination.is_complete() and not destination.preparing.exists():
-        return True
+        return Built(was_complete=True)
     destination.refuse_links()
     if not destination.in_cache:
         check_output(destination.directory)
@@ -28,8 +43,9 @@ def build(spec: Spec, destination: Destination, publish: Publish | None = None) 
         if not was_complete:
             destination.remove_manifest()
             _make(spec, destination, publish)
+        scratch = remove_scratch(destination.directory)
         destination.remove_preparing()
-    return was_complete
+    return Built(was_complete, tuple(scratch))
 
 
 def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None:
@@ -48,6 +64,8 @@ def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None
             state = Journal.begin(spec, destination.key, single=True)
             _fill(spec, destination, state, False, publish)
     except BaseException:
+        if not (destination.preparing / JOURNAL).exists():
+            remove_scratch(destination.directory)
         destination.remove_fragment()
         raise
 
@@ -83,5 +101,4 @@ def _by_many(spec: Spec, destination: Destination) -> bool:
             if preparation.is_unusable:  # so no later command can take up the segments
                 writers.remove()
             raise
-    writers.remove()
     return is_complete

@@ -4,26 +4,51 @@ Other users may be able to write to --shared_directory, and the directory's name
 it may already exist, as another user's directory or as a link to somebody's files. Ours belongs to
 one user (mode 0700), because what it contains becomes part of the store. All processes of the
 preparation run as this user.
+
+The unfinished store has a note with the paths of its directories. A command without
+`--shared_directory`, or with other data, may finish the store or delete it with `--overwrite`, and
+could not find them by their names.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
+import hashlib
+import itertools
+import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from consyn_jax.data.preparation.segments.job import JOB
-from consyn_jax.errors import UserError, listed
-from consyn_jax.files import aside, flush, irregular, make_directory, remove
+from consyn_jax.data.store.manifest import PREPARING
+from consyn_jax.errors import UserError, listed, remedy
+from consyn_jax.files import (
+    aside,
+    flush,
+    irregular,
+    make_directory,
+    read_whole,
+    remove,
+    write_whole,
+)
+from consyn_jax.prepare_config import CorpusOptions
 
+NAME = re.compile(r"consyn-[0-9a-f]{32}-[0-9a-f]{8}")  # of a directory in --shared_directory
 TOKENIZER = "tokenizer"  # learned from the data
 GENERATION = re.compile(r"[0-9a-f]{32}")
 _NAMES = rf"({re.escape(JOB)}|{TOKENIZER}|{GENERATION.pattern})"
 _ASIDE = rf"\.{_NAMES}\.[0-9a-f]{{16}}\.(new|old|gone)"
 _OURS = re.compile(rf"{_NAMES}|{_ASIDE}")
 _OF_NFS = re.compile(r"\.nfs[0-9a-f]+")  # a removed file that some process still has open
+_NOTE = "scratch.json"  # in PREPARING: a list of directories
+_EXAMPLE = f"consyn-{'0' * 32}-{'0' * 8}"
+_ELSEWHERE = "Give another directory, on storage that all nodes share."
 
 
 def open_directory(root: Path) -> None:
@@ -38,7 +63,7 @@ def open_directory(root: Path) -> None:
         root.mkdir(mode=0o700)
         flush(root.parent)
     except FileExistsError:
-        _check(root)
+        check_directory(root)
     for entry in root.iterdir():
         if re.fullmatch(_ASIDE, entry.name):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -57,7 +82,12 @@ def clear(root: Path, kept: Collection[str] = ()) -> None:
             remove(entry)
 
 
-def _check(root: Path) -> None:
+def check_directory(root: Path) -> None:
+    """Check that a directory of segments is ours.
+
+    Raises:
+        UserError: it is a link, belongs to another user, or contains something else.
+    """
     found = irregular(root, inside=False) or (None if root.is_dir() else (root, "a file"))
     entries = () if found else sorted(root.iterdir())
     for path in entries:
@@ -89,3 +119,139 @@ def _owner_of_new(path: Path) -> int:
 
 def _owner(path: Path) -> int:
     return path.lstat().st_uid
+
+
+# ------------------------------------------------------------------------------ the note of a store
+
+
+def scratch_name(key: str, output: Path) -> str:
+    """The name of the directory of segments, a different one for each key and each output."""
+    return f"consyn-{key}-{_mark_of(output)}"
+
+
+def _mark_of(output: Path) -> str:
+    return hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]
+
+
+def note_scratch(output: Path, root: Path) -> None:
+    """Note that `root` has segments of the store in `output`.
+
+    Raises:
+        OSError: the note cannot be written.
+    """
+    known = [str(each) for each in _noted(output)]
+    if str(root) not in known:
+        write_whole(output / PREPARING / _NOTE, json.dumps([*known, str(root)]))
+
+
+def remove_scratch(output: Path) -> list[Path]:
+    """Remove all segments of the store in `output`, which must be locked or unused.
+
+    Returns:
+        Directories that cannot be removed, or are on storage that this machine does not see.
+    """
+    left = []
+    for root in _noted(output):
+        if root.parent.is_dir() and not os.path.lexists(root):
+            continue
+        try:
+            check_directory(root)
+            clear(root)
+            root.rmdir()
+        except (OSError, UserError):
+            left.append(root)
+    return left
+
+
+def _noted(output: Path) -> list[Path]:
+    """Directories in the note that belong to this output by their names; others are not touched."""
+    found: object = []
+    with suppress(OSError, ValueError, RecursionError):  # no note, or a damaged one
+        found = json.loads(read_whole(output / PREPARING / _NOTE))
+    paths = (
+        [Path(each) for each in found if isinstance(each, str)] if isinstance(found, list) else []
+    )
+    mark = _mark_of(output)
+    return [p for p in paths if NAME.fullmatch(p.name) and p.name.endswith(f"-{mark}")]
+
+
+# ------------------------------------------------------------------------------- --shared_directory
+
+
+def check_shared_directory(given: str, output: Path, options: CorpusOptions) -> None:
+    """Check that segments can be written to a directory, and are not read as data there.
+
+    Raises:
+        UserError: it is not a directory, cannot be written, or overlaps --data, --validation or
+            --output.
+    """
+    path = Path(given)
+    _check_directory(path)
+    shared = path.resolve()
+    if shared.is_relative_to(output.resolve()) or _is_segments(output.resolve(), shared):
+        raise _overlap(path, f"--output {output}")
+    for flag, items in (("data", options.data), ("validation", options.validation)):
+        for item in items:
+            if _is_read(item, shared):
+                raise _overlap(path, f"--{flag} {item}")
+
+
+def _overlap(path: Path, other: str) -> UserError:
+    return UserError(
+        f"--shared_directory {path} and {other} overlap, so its segments would become part of the "
+        "data or the store. Give a directory outside of --data and --output."
+    )
+
+
+def _check_directory(path: Path) -> None:
+    place = f"--shared_directory {path}"
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            raise UserError(f"{place} cannot be used: {each} is a broken link. {_ELSEWHERE}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{place} is a file. {_ELSEWHERE}")
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{place} cannot be made: {there} is a file. {_ELSEWHERE}")
+    probe = aside(there / "probe")
+    try:
+        probe.mkdir(mode=0o700)
+        probe.rmdir()
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = f"{remedy(error)}, or give another directory." if is_full else _ELSEWHERE
+        raise UserError(f"{place} cannot be written: {error.strerror}. {advice}") from error
+
+
+def _is_read(item: str, shared: Path) -> bool:
+    """Whether an item of --data may read segments in `shared`, now or later."""
+    path = Path(item).expanduser()
+    if path.exists():
+        found = path.resolve()
+        return shared.is_relative_to(found) or _is_segments(found, shared)
+    if not glob.has_magic(item):
+        return False  # "sample", a URL, or the name of a dataset
+    plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    beginning = Path(*plain).resolve()
+    pattern = (*beginning.parts, *path.parts[len(plain) :])
+    return _reaches(pattern, (shared / _EXAMPLE).parts)
+
+
+def _reaches(pattern: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a pattern may match a path, a directory above it, or something below it.
+
+    >>> _reaches(("a", "*"), ("a", "b", "c")), _reaches(("a", "*.txt"), ("a", "b", "c"))
+    (True, False)
+    """
+    for wanted, part in zip(pattern, parts, strict=False):
+        if wanted == "**":
+            return True
+        if not fnmatchcase(part, wanted):
+            return False
+    return True
+
+
+def _is_segments(path: Path, shared: Path) -> bool:
+    """Whether a path is in a directory of segments in `shared`."""
+    inside = path.relative_to(shared).parts if path.is_relative_to(shared) else ()
+    return bool(inside) and NAME.fullmatch(inside[0]) is not None

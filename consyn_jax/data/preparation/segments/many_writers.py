@@ -7,7 +7,6 @@ then checks the data and writes the report and the manifest, as it does for a si
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import secrets
 import shutil
 from abc import abstractmethod
@@ -26,7 +25,9 @@ from consyn_jax.data.preparation.segments.job_directory import (
     GENERATION,
     TOKENIZER,
     clear,
+    note_scratch,
     open_directory,
+    scratch_name,
 )
 from consyn_jax.data.preparation.segments.phases import Answer, work, work_on_file
 from consyn_jax.data.preparation.segments.shard_tasks import plan_shards, write_shards_plan
@@ -122,8 +123,8 @@ def one_writer_reason(spec: Spec) -> str:
 def root_of(spec: Spec, destination: Destination) -> Path:
     """The directory of the segments, a different one for each pair of spec and destination."""
     assert spec.engine.shared_directory is not None
-    output = hashlib.sha256(str(destination.directory.resolve()).encode()).hexdigest()[:8]
-    return Path(spec.engine.shared_directory).resolve() / f"consyn-{destination.key}-{output}"
+    name = scratch_name(destination.key, destination.directory)
+    return Path(spec.engine.shared_directory).resolve() / name
 
 
 class ManyWriters:
@@ -138,6 +139,8 @@ class ManyWriters:
         self._root = root_of(spec, destination)
         with self._writing_shared():
             open_directory(self._root)
+        with _writing(str(destination.directory)):
+            note_scratch(destination.directory, self._root)
         self._job = self._begin()
 
     def fill(self, tasks: Tasks) -> Journal:

@@ -6,28 +6,20 @@ import logging
 import os
 import re
 import signal
-import socket
-import threading
 import time
-from collections.abc import Callable, Container, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from consyn_jax.data.preparation.workers.ray_address import START, check_address, named_address
+from consyn_jax.data.preparation.workers.ray_signals import holding_signals
 from consyn_jax.errors import UserError, brief, listed
-from consyn_jax.integers import natural
 
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
-LONGEST_S = 20.0  # longest wait for an answer of the head node
-ALARM_S = 3.0  # from a SIGTERM to the alarm with which Ray aborts the process
 LOOK_SECONDS = 10.0  # time between two counts of the cluster's processors
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # they end a command
 # Errors that `ray.init` raises, besides Ray's own.
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)
-_START = (
-    "Start Ray on this machine (ray start --head, or ray start --address HEAD:6379 to join a "
-    "cluster), or leave --ray_address out to start a local Ray instance."
-)
 _INSTALL = "Install the versions of this machine on all nodes, and run the same command again."
 
 
@@ -51,9 +43,9 @@ def connect(address: str | None, processors: int | None) -> Any:
             f"--engine ray needs {error.name}, which is not installed. Install it on all nodes "
             "with: pip install 'consyn_jax[cluster]'"
         ) from error
-    name, given = _named(address)
+    name, given = named_address(address)
     if given:
-        _check(name, given)
+        check_address(name, given)
         found: dict[str, Any] = {"address": given}
     else:
         # By default, Ray lowers the priority of its workers (niceness 15) in favour of other work.
@@ -63,7 +55,7 @@ def connect(address: str | None, processors: int | None) -> Any:
         found = {"address": "local", "num_cpus": processors or cores, "include_dashboard": False}
     os.environ[_MARK] = str(os.getpid())
     try:
-        with _holding_signals():
+        with holding_signals(_kill_started):
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **found)
     except BaseException as error:
         # An interrupted or failed start leaves processes that `ray.shutdown` does not know of.
@@ -84,13 +76,18 @@ def disconnect(ray: Any) -> None:
     Ctrl-C in a terminal also reaches these processes. Some of them may then survive Ray's shutdown,
     and are killed.
     """
-    with _holding_signals():
+    with holding_signals(_kill_started):
         ray.shutdown()
-        while left := _started_here():  # again, because a process may just have started another
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        _kill_started()
+
+
+def _kill_started() -> None:
+    """Kill the processes of the Ray instance that this process started."""
+    while left := _started_here():  # again, because a process may just have started another
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def _started_here() -> list[int]:
@@ -101,41 +98,6 @@ def _started_here() -> list[int]:
             if mark in (path / "environ").read_bytes().split(b"\0"):
                 found.append(int(path.name))
     return [pid for pid in found if pid != os.getpid()]
-
-
-def _named(address: str | None) -> tuple[str, str]:
-    """Return the name of the flag or variable that gives the cluster's address, and the address.
-
-    The address is "" if a local Ray instance is to be started.
-    """
-    if address:
-        return "--ray_address", address
-    given = os.environ.get("RAY_ADDRESS", "")
-    return "RAY_ADDRESS", "" if given == "local" else given
-
-
-def _check(name: str, address: str) -> None:
-    """Check that a server listens at an address.
-
-    Without this check, `ray.init` tries to connect for a minute, and may abort the process.
-
-    Raises:
-        UserError: the address is invalid, or no server listens there.
-    """
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or "/" in address or not 0 < (natural(port) or 0) < 65536:
-        raise UserError(
-            f"{name} must be auto or HOST:PORT of the head node, as in node1:6379, not {address!r}."
-        )
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=LONGEST_S).close()
-    except OSError as error:
-        reason = error.strerror or brief(error)
-        raise UserError(
-            f"No Ray cluster answers at {name} {address} ({reason}). {_START}"
-        ) from error
 
 
 def _refusal(place: str, error: Exception) -> UserError:
@@ -159,7 +121,7 @@ def _refusal(place: str, error: Exception) -> UserError:
             "work without Ray."
         )
     if place.endswith(" auto"):
-        return UserError(f"No Ray cluster answers at {place}: {brief(error)}. {_START}")
+        return UserError(f"No Ray cluster answers at {place}: {brief(error)}. {START}")
     return UserError(
         f"Ray at {place} refused this machine: {brief(error)}. Make it a node of the cluster (ray "
         "start --address HEAD:PORT), with the cluster's token (RAY_AUTH_MODE=token, and "
@@ -233,57 +195,3 @@ def errors_as_sentences(ray: Any, retries: int, work: str = "block") -> Iterator
             f"The Ray cluster lost a {work}: {brief(error)}. Look at `ray status`, and run the "
             "same command again; it continues."
         ) from error
-
-
-@contextmanager
-def _holding_signals() -> Iterator[None]:
-    """Note signals while Ray starts or ends, and send the first one again afterwards.
-
-    An exception in the middle of `ray.init` would leave Ray half started, and crash the process at
-    its exit. Ray also changes what SIGTERM does. `ray.init` replaces the Python handler by
-    `sys.exit`, and `ray.shutdown` leaves no handler. A C++ handler of Ray sets an alarm, which
-    aborts the process three seconds after the signal.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    handlers = {number: ours for number, ours in handlers.items() if callable(ours)}
-    install, came = signal.signal, list[int]()
-    with ExitStack() as stack:  # undoes each step, even if a signal raises an exception halfway
-        stack.callback(lambda: signal.raise_signal(came[0]) if came else None)
-        stack.enter_context(_without_alarms())
-        for number, ours in handlers.items():
-            stack.callback(install, number, ours)
-            install(number, lambda number, _: came.append(number))
-        stack.callback(setattr, signal, "signal", install)
-        signal.signal = _except_for(handlers, install)
-        yield
-
-
-def _except_for(numbers: Container[int], install: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a `signal.signal` that does nothing for the signals `numbers`."""
-    return lambda number, handler: None if number in numbers else install(number, handler)
-
-
-@contextmanager
-def _without_alarms() -> Iterator[None]:
-    """Cancel alarms repeatedly inside a `with` block, then restart the caller's timer."""
-    since, (left_s, every_s) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)
-    is_over = threading.Event()
-    canceller = threading.Thread(target=_cancel_alarms, args=(is_over,), daemon=True)
-    canceller.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        canceller.join()
-        if left_s:
-            left_s -= time.monotonic() - since
-            signal.setitimer(signal.ITIMER_REAL, max(left_s, 0.001), every_s)
-
-
-def _cancel_alarms(is_over: threading.Event) -> None:
-    while not is_over.wait(ALARM_S / 10):
-        signal.alarm(0)
-    signal.alarm(0)

@@ -1,4 +1,7 @@
-"""Detect structure that is lost in plain text: ends of documents, tables, rows and notebooks."""
+"""Detect structure that is lost in plain text: ends of documents, tables, rows and notebooks.
+
+Also detect files in which `--document_separator` separates nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ END_MARKERS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>"
 TOTAL_BYTES, LEAST_BYTES, MOST_FILES = 64 << 20, 1 << 16, 1000
 FEWEST_MARKERS = 2
 TABLE_LINES = 10
+MOST_NAMES = 100  # files whose line ends are looked at
 
 
 def unread_structure(
@@ -41,6 +45,36 @@ def unread_structure(
         for key, count in _structure(source, markers, TOTAL_BYTES // len(texts)).items():
             found.setdefault(key, []).append((source.name, count))
     return [_sentence(*key, places) for key, places in found.items()]
+
+
+def unused_separator(names: Sequence[str], separator: str) -> str:
+    """Say that `--document_separator` separates nothing in files, and why, if it is the line ends.
+
+    Args:
+        names: the text files that are one document each.
+        separator: the separator, with newlines and tabs in place of their escapes.
+    """
+    wanted = separator.replace("\\", "\\\\").replace("'", "\\'").replace("\t", "\\t")
+    said = wanted.replace("\n", "\\n").replace("\r", "\\r")
+    text = f"--document_separator $'{said}' separates no documents in {listed(names)}"
+    if "\n" not in separator or "\r" in separator:
+        return text
+    with_returns = [name for name in names[:MOST_NAMES] if _ends_lines_with_returns(Path(name))]
+    if not with_returns:
+        return text
+    wanted = wanted.replace("\n", "\\r\\n")
+    return (
+        f"{text}. Lines end with CRLF in {listed(with_returns)}, so write the separator as "
+        f"$'{wanted}' there."
+    )
+
+
+def _ends_lines_with_returns(path: Path) -> bool:
+    try:
+        with ByteStream(path) as stream:
+            return b"\r\n" in stream.read(LEAST_BYTES)
+    except UserError:  # the file has gone since
+        return False
 
 
 def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tuple[str, str]]:

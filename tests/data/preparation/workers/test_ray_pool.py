@@ -22,7 +22,13 @@ import pytest
 from consyn_jax.cli.prepare import main
 from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.data.preparation.segments import ray_tasks
-from consyn_jax.data.preparation.workers import ray_calls, ray_cluster, ray_pool, ray_worker
+from consyn_jax.data.preparation.workers import (
+    ray_calls,
+    ray_cluster,
+    ray_pool,
+    ray_signals,
+    ray_worker,
+)
 from consyn_jax.data.preparation.workers.messages import WorkerSettings
 from consyn_jax.errors import UserError
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
@@ -153,11 +159,12 @@ def test_so_many_tasks_are_in_progress(
 def test_where_the_cluster_is(
     ray: FakeRay, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_cluster.socket, "create_connection", lambda *_, **__: Closed())
+    monkeypatch.setattr(ray_cluster, "check_address", lambda *_: None)
     for number, (flag, variable, found) in enumerate(
         [
             ("auto", "", "auto"),
             ("node1:6379", "node2:6379", "node1:6379"),
+            ("auto", "node2:6379", "node2:6379"),  # as Ray itself does
             (None, "node2:6379", "node2:6379"),
             (None, "local", "local"),
         ]
@@ -166,11 +173,6 @@ def test_where_the_cluster_is(
         made(data, tmp_path / str(number), EngineOptions("ray", flag), num_workers=4)
         assert ray.given["address"] == found
         assert ray.given.get("num_cpus") == (4 if found == "local" else None)
-
-
-class Closed:
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_a_cluster_that_cannot_be_joined(
     address: str | None,
     sentence: str,
 ) -> None:
-    monkeypatch.setattr(ray_cluster.socket, "create_connection", lambda *_, **__: Closed())
+    monkeypatch.setattr(ray_cluster, "check_address", lambda *_: None)
 
     def fail() -> None:
         raise error
@@ -297,11 +299,11 @@ def test_an_error_while_ray_starts_leaves_the_handlers_as_they_were(ray: FakeRay
         signal.raise_signal(signal.SIGINT)  # noted, and sent again after the handlers are back
         raise OSError("No room")
 
-    handlers, install = [signal.getsignal(number) for number in ray_cluster._SIGNALS], signal.signal
+    handlers, install = [signal.getsignal(number) for number in ray_signals.SIGNALS], signal.signal
     ray.on_init = interrupted
     with pytest.raises(KeyboardInterrupt):
         ray_cluster.connect(None, None)
-    assert [signal.getsignal(number) for number in ray_cluster._SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in ray_signals.SIGNALS] == handlers
     assert signal.signal is install
 
 

@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from consyn_jax.data.sources.recognition.unread_structure import unread_structure
+from consyn_jax.data.sources.recognition.unread_structure import (
+    unread_structure,
+    unused_separator,
+)
 from consyn_jax.data.sources.source import Source
 from consyn_jax.prepare_config import CorpusOptions
 
@@ -109,3 +112,19 @@ def test_notebooks_are_read_as_text_which_is_said(tmp_path: Path) -> None:
     (sentence,) = unread_structure(sources(tmp_path, "a.ipynb", "b.ipynb"), CorpusOptions())
     assert "are read as plain text, with the JSON of notebooks" in sentence
     assert "convert them" in sentence
+
+
+def test_a_separator_that_separates_nothing_is_named(tmp_path: Path) -> None:
+    """Also why: line ends of another system."""
+    (tmp_path / "a.txt").write_bytes(b"one\r\n---\r\ntwo\r\n")
+    (tmp_path / "b.txt").write_bytes(b"one\n--\ntwo\n")
+    a, b, gone = (str(tmp_path / name) for name in ("a.txt", "b.txt", "gone.txt"))
+    begins = "--document_separator $'\\n---\\n' separates no documents in "
+    assert unused_separator([b], "\n---\n") == f"{begins}{b}"
+    assert unused_separator([gone], "\n---\n") == f"{begins}{gone}"
+    assert unused_separator([b, a], "\n---\n") == (
+        f"{begins}{b}, {a}. Lines end with CRLF in {a}, so write the separator as "
+        "$'\\r\\n---\\r\\n' there."
+    )
+    quoted = unused_separator([a], "it's\t\\\r\n")
+    assert quoted == rf"--document_separator $'it\'s\t\\\r\n' separates no documents in {a}"
