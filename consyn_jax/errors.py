@@ -99,6 +99,14 @@ class Unsaved(KeyboardInterrupt):
             self._dropped(self.number)
 
 
+def settled(error: KeyboardInterrupt) -> str:
+    """Mark the signal behind `error` as handled, and return its name."""
+    if not isinstance(error, Unsaved):
+        return signal.SIGINT.name
+    error.settle()
+    return error.number.name
+
+
 def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
     """The exit code for a signal with nothing saved, and a sentence that names the signal.
 
