@@ -316,7 +316,7 @@ def test_a_server_that_hangs_at_the_end_holds_no_process(
     began = time.monotonic()
     if is_signalled:
         time.sleep(1.0)
-        child.process.send_signal(signal.SIGTERM)
+        child.signal(signal.SIGTERM)
     assert child.wait() == (75 if is_signalled else 0), child.said
     assert time.monotonic() - began < 30
     path = tmp_path / "one" / "run"
