@@ -22,6 +22,7 @@ from consyn_jax.remote.bucket import (
     ANSWER_S,
     ATTEMPTS,
     CONNECT_S,
+    UNCHANGED,
     BucketError,
     Stored,
     no_credentials,
@@ -153,12 +154,14 @@ def _told() -> Iterator[None]:
     except errors.ClientError as error:
         status, code, said = _answer(error)
         if code == "412" or status == 412:
-            raise BucketError("was changed while it was read") from error
+            raise BucketError("was changed while it was read", UNCHANGED) from error
         raise refused(403 if any(w in code for w in _OURS) else status, code, said) from error
     except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:
         raise no_credentials("the AWS tools") from error
     except (errors.ProfileNotFound, errors.InvalidConfigError, errors.ConfigParseError) as error:
-        raise BucketError(f"cannot be opened ({brief(error)})") from error
+        raise BucketError(
+            f"cannot be opened ({brief(error)})", "Correct AWS_PROFILE, or the files in ~/.aws"
+        ) from error
     except (errors.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         # boto3 wraps the server's error when it transfers a large file
         if isinstance(error.__context__, errors.ClientError):

@@ -244,9 +244,7 @@ class RemoteRun:
         try:
             yield
         except BucketError as error:
-            raise UserError(
-                f"--remote {self.place} {error}. When this is solved, the same command continues."
-            ) from error
+            raise UserError(f"--remote {self.place} {error}. {error.advice}") from error
 
     def _fetch(self, contents: Contents, path: Path, say: Callable[[str], None]) -> None:
         """Download the run with its newest intact checkpoint."""

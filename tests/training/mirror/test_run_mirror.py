@@ -525,7 +525,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_a_sentence(
 
     bucket.before = fail
     with pytest.raises(
-        UserError, match=rf"^--remote {URL} cannot be reached \(refused\)\. When this is solved"
+        UserError, match=rf"^--remote {URL} cannot be reached \(refused\)\. Check .* again\.$"
     ):
         check_remote(config)
 
