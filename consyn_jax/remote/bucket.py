@@ -95,9 +95,7 @@ def refused(status: int | None, code: str, said: str) -> BucketError:
             f"refuses these credentials ({code})", "Check them with the provider's own tools"
         )
     if status == 404:
-        return BucketError(
-            f"is not there ({code})", "Correct the bucket's name, or create the bucket"
-        )
+        return BucketError(f"is not there ({code})", "Correct the URL, or create the bucket")
     if status == 429 or (status or 500) >= 500:
         return BucketError(f"does not answer now ({code})", "Wait a while")
     return BucketError(

@@ -8,7 +8,11 @@ from consyn_jax.remote.bucket import BucketError, no_credentials, refused, unrea
 @pytest.mark.parametrize(
     ("error", "said", "advice"),
     [
-        (refused(404, "NoSuchBucket", ""), "is not there (NoSuchBucket)", "Correct the bucket's"),
+        (
+            refused(404, "NoSuchBucket", ""),
+            "is not there (NoSuchBucket)",
+            "Correct the URL, or create",
+        ),
         (refused(403, "AccessDenied", ""), "refuses these credentials (AccessDenied)", "Check"),
         (refused(503, "SlowDown", ""), "does not answer now (SlowDown)", "Wait a while"),
         (refused(400, "Odd", "no"), "refuses the request (Odd: no)", "Correct the URL"),
