@@ -24,14 +24,33 @@ CONTINUES = "continues from the last checkpoint, or from the beginning if there 
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
 
+_URLS: dict[str, str] = {}  # paths of copies in the cache, each with the URL it was copied from
+
+
+def show_as_url(path: str, url: str) -> None:
+    """Let `with_urls` replace the path of a copy by the URL of the original."""
+    _URLS[path] = url
+
+
+def with_urls(text: str) -> str:
+    """Replace the paths of copies of bucket objects in the cache by the objects' URLs.
+
+    Users and records know the URLs. The paths differ between machines.
+    """
+    for path, url in _URLS.items():
+        text = text.replace(path, url)
+    return text
+
+
 class UserError(ValueError):
     """A mistake of the user, in one or two sentences: what is wrong, where, what to do.
 
-    Commands exit with 2. A message that quotes kilobytes from a damaged file is shortened in the
-    middle.
+    Commands exit with 2. Paths of copies in the cache are shown as URLs (`with_urls`). A message
+    that quotes kilobytes from a damaged file is shortened in the middle.
     """
 
     def __init__(self, message: str) -> None:
+        message = with_urls(message)
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[:800]} ... {message[-700:]}"
         super().__init__(message)
@@ -97,6 +116,14 @@ class Unsaved(KeyboardInterrupt):
         """Call `dropped` unless `settle` was called."""
         if self._dropped is not None:
             self._dropped(self.number)
+
+
+def settled(error: KeyboardInterrupt) -> str:
+    """Mark the signal behind `error` as handled, and return its name."""
+    if not isinstance(error, Unsaved):
+        return signal.SIGINT.name
+    error.settle()
+    return error.number.name
 
 
 def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:

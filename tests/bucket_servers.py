@@ -55,7 +55,7 @@ class Gate:
     """Passes connections on to a server; while `mode` is not "open", it fails in that way.
 
     Modes: "open"; "down" ends connections; "busy" and "denied" answer 503 and 403; "slow" waits
-    before each chunk.
+    before each chunk; "hang" accepts connections and requests, and answers nothing.
     """
 
     def __init__(self, port: int, slow_s: float = 0.3) -> None:
@@ -75,6 +75,8 @@ class Gate:
             mode = self.mode
             if mode == "down":
                 return
+            while self.mode == "hang":
+                time.sleep(0.05)
             if mode in ANSWERS:
                 self._refuse(client, mode)
                 return
@@ -98,6 +100,9 @@ class Gate:
         began_in = self.mode
         while True:
             ready, _, _ = select.select([client, server], [], [], 0.2)
+            if self.mode == "hang":
+                time.sleep(0.05)
+                continue
             if self.mode not in ("open", "slow", began_in):
                 return
             for one, other in ((client, server), (server, client)):

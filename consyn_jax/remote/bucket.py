@@ -14,11 +14,22 @@ from typing import Protocol
 from consyn_jax.errors import brief
 
 CONNECT_S, ANSWER_S = 10, 60  # time limits for a connection and for a response
+UNCHANGED = "Wait until nothing writes there"  # remedy
 ATTEMPTS = 3  # per request; callers may retry as well
 
 
 class BucketError(RuntimeError):
-    """A failed request. Its message, such as "cannot be reached (...)", is put after the URL."""
+    """A failed request. Its message, such as "cannot be reached (...)", is put after the URL.
+
+    Attributes:
+        advice: a sentence for the user about what to do.
+    """
+
+    def __init__(
+        self, message: str, remedy: str = "Check the bucket with the provider's own tools"
+    ) -> None:
+        super().__init__(message)
+        self.advice = f"{remedy}, and run the same command again."
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,10 @@ class Bucket(Protocol):
 
 def unreachable(error: BaseException) -> BucketError:
     """Build the error for a server that does not respond."""
-    return BucketError(f"cannot be reached ({without_keys(brief(error))})")
+    return BucketError(
+        f"cannot be reached ({without_keys(brief(error))})",
+        "Check the network, and the region or address in the settings of the provider's tools",
+    )
 
 
 def refused(status: int | None, code: str, said: str) -> BucketError:
@@ -78,19 +92,23 @@ def refused(status: int | None, code: str, said: str) -> BucketError:
     """
     if status in (401, 403):
         return BucketError(
-            f"refuses these credentials ({code}). Check them with the provider's own tools"
+            f"refuses these credentials ({code})", "Check them with the provider's own tools"
         )
     if status == 404:
-        return BucketError(f"is not there ({code})")
+        return BucketError(f"is not there ({code})", "Correct the URL, or create the bucket")
     if status == 429 or (status or 500) >= 500:
-        return BucketError(f"does not answer now ({code})")
-    return BucketError(f"refuses the request ({code}: {without_keys(said)})")
+        return BucketError(f"does not answer now ({code})", "Wait a while")
+    return BucketError(
+        f"refuses the request ({code}: {without_keys(said)})",
+        "Correct the URL, or the settings of the provider's tools",
+    )
 
 
 def no_credentials(tools: str) -> BucketError:
     """Build the error for missing credentials."""
     return BucketError(
-        f"needs credentials, and there are none in the environment or in the files of {tools}"
+        f"needs credentials, and there are none in the environment or in the files of {tools}",
+        "Set them up with these tools",
     )
 
 

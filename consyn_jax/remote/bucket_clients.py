@@ -27,7 +27,7 @@ def open_bucket(url: BucketUrl) -> Bucket:
             "'consyn_jax[buckets]'"
         ) from error
     except BucketError as error:
-        raise UserError(f"{url} {error}.") from error
+        raise UserError(f"{url} {error}. {error.advice}") from error
     except ValueError as error:  # such as an endpoint that is not a URL
         raise UserError(
             f"{url} cannot be opened ({without_keys(brief(error))}). Correct the variables or the "

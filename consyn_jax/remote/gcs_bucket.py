@@ -117,7 +117,7 @@ def _told() -> Iterator[None]:
     except google.auth.exceptions.DefaultCredentialsError as error:
         raise no_credentials("gcloud") from error
     except google.auth.exceptions.RefreshError as error:
-        raise BucketError("refuses these credentials. Check them with gcloud auth") from error
+        raise BucketError("refuses these credentials", "Check them with gcloud auth") from error
     except (
         google.auth.exceptions.GoogleAuthError,
         google.cloud.storage.exceptions.DataCorruption,

@@ -145,13 +145,17 @@ class Lease:
             except BucketError:  # uploads fail with the same error and print a warning
                 continue
 
+    def stop(self) -> None:
+        """Stop renewing the lease, so that it expires."""
+        self._stop.set()
+
     def release(self) -> None:
         """Delete the lease, so that another process can take it at once.
 
         Raises:
             BucketError: the request fails; the lease then expires after `LEASE_S`.
         """
-        self._stop.set()
+        self.stop()
         if self._thread.is_alive():
             self._thread.join()
         with self._guard:

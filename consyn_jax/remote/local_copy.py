@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from consyn_jax.errors import UserError, remedy
+from consyn_jax.errors import UserError, remedy, show_as_url
 from consyn_jax.files import aside, cache_directory, open_regular
-from consyn_jax.remote.bucket import Bucket, BucketError, Stored
+from consyn_jax.remote.bucket import UNCHANGED, Bucket, BucketError, Stored
 from consyn_jax.remote.bucket_clients import open_bucket
 from consyn_jax.remote.urls import BucketUrl, parse, shown
 
@@ -53,9 +53,12 @@ def local_copy(url: str, names: tuple[str, ...] = ("**",)) -> Path:
                 f"{place}: {what}. Correct the URL; for a run, add /final or /best to it."
             )
         copy = _directory(place, top, found)
+        root = f"{place.scheme}://{place.bucket}/"
+        show_as_url(f"{copy}/", root + top)
+        show_as_url(str(copy), (root + top).rstrip("/"))  # the copy of a whole bucket
         _complete(bucket, copy, {inside(copy, each.key.removeprefix(top)): each for each in found})
     except BucketError as error:
-        raise UserError(f"{place} {error}.") from error
+        raise UserError(f"{place} {error}. {error.advice}") from error
     except OSError as error:
         raise UserError(
             f"{place} cannot be copied to the cache: {error.strerror}. "
@@ -164,7 +167,7 @@ def fetch(bucket: Bucket, stored: Stored, path: Path) -> None:
     finally:
         fresh.unlink(missing_ok=True)
     if not is_whole:
-        raise BucketError(f"sent too few or too many bytes for {shown(stored.key)}")
+        raise BucketError(f"sent too few or too many bytes for {shown(stored.key)}", UNCHANGED)
 
 
 @contextmanager

@@ -15,24 +15,30 @@ import boto3
 import boto3.exceptions
 import botocore.config
 import botocore.exceptions
-from boto3.s3.transfer import TransferConfig
+from s3transfer.manager import TransferConfig, TransferManager
 
 from consyn_jax.errors import brief
 from consyn_jax.remote.bucket import (
     ANSWER_S,
     ATTEMPTS,
     CONNECT_S,
+    UNCHANGED,
     BucketError,
     Stored,
     no_credentials,
     refused,
     unreachable,
 )
+from consyn_jax.remote.daemon_threads import DaemonThreads
 
 # With parts of 32 MiB, a file of 300 GB stays below the limit of 10,000 parts. Two threads saturate
-# 1 Gbit/s and leave the other cores to training.
+# 1 Gbit/s and leave the other cores to training. They are daemon threads, because those of
+# `upload_fileobj` would keep a process that has ended alive until a server that hangs answers.
 _TRANSFER = TransferConfig(
-    multipart_threshold=1 << 25, multipart_chunksize=1 << 25, max_concurrency=2
+    multipart_threshold=1 << 25,
+    multipart_chunksize=1 << 25,
+    max_request_concurrency=2,
+    max_in_memory_upload_chunks=3,
 )
 _CHUNK_BYTES = 1 << 20
 _BROKEN = (
@@ -100,8 +106,9 @@ class S3Bucket:
 
     def upload(self, file: BufferedIOBase, key: str) -> None:
         """Upload an object from an open file."""
-        with _told():
-            self._client.upload_fileobj(file, self._bucket, key, Config=_TRANSFER)
+        transfers = TransferManager(self._client, _TRANSFER, executor_cls=DaemonThreads)
+        with _told(), transfers:
+            transfers.upload(fileobj=file, bucket=self._bucket, key=key).result()
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
         """Write a small object if its current version is `expected`."""
@@ -147,12 +154,14 @@ def _told() -> Iterator[None]:
     except errors.ClientError as error:
         status, code, said = _answer(error)
         if code == "412" or status == 412:
-            raise BucketError("was changed while it was read") from error
+            raise BucketError("was changed while it was read", UNCHANGED) from error
         raise refused(403 if any(w in code for w in _OURS) else status, code, said) from error
     except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:
         raise no_credentials("the AWS tools") from error
     except (errors.ProfileNotFound, errors.InvalidConfigError, errors.ConfigParseError) as error:
-        raise BucketError(f"cannot be opened ({brief(error)})") from error
+        raise BucketError(
+            f"cannot be opened ({brief(error)})", "Correct AWS_PROFILE, or the files in ~/.aws"
+        ) from error
     except (errors.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         # boto3 wraps the server's error when it transfers a large file
         if isinstance(error.__context__, errors.ClientError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from consyn_jax.config import RunConfig
 from consyn_jax.distributed.launch import refuse_differences
 from consyn_jax.distributed.process_group import current_process_group, gather
+from consyn_jax.errors import Interrupted, settled
 from consyn_jax.flags import flat
 from consyn_jax.model.parameters import Params
 from consyn_jax.tokenization import BPETokenizer
@@ -273,6 +275,30 @@ def _enter(activities: ActivityClock, console: Console, phase: str) -> None:
     console.enter("" if phase in (STEPPING, WAITING) else phase, is_told=phase == COMPILING)
 
 
+@contextmanager
+def run_resources(path: Path) -> Iterator[ExitStack]:
+    """Return a context with the stack that closes the resources of a run.
+
+    Args:
+        path: Directory of the run, for messages.
+
+    Raises:
+        Interrupted: A signal came after the end of the run, while resources were closed.
+    """
+    is_complete = False
+    try:
+        with ExitStack() as stack:
+            yield stack
+            is_complete = True
+    except KeyboardInterrupt as stopped:
+        if not is_complete:
+            raise
+        raise Interrupted(
+            f"{settled(stopped)}: the run in {path} is complete, but its last files may be "
+            "incomplete. The same command again checks them."
+        ) from None
+
+
 def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     """Open the resources of a run; `stack` closes them, however the run ends.
 
@@ -299,7 +325,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
         )
     if remote is not None:
         keep, say = (saving.keep_last, saving.keep_every), (console.warn, console.note)
-        stack.callback(RunMirror(remote, directory, keep, *say, watchdog.moved).close)
+        mirror = RunMirror(remote, directory, keep, *say, watchdog.moved)
+        stack.push(lambda kind, *_: mirror.close(is_complete=kind is None))
     traced = parse_profile_steps(logging.profile_steps) if writes else None
     profile = Profile(traced, path / "profile", console.note, console.warn)
     stack.callback(profile.close)

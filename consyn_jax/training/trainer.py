@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -58,7 +57,7 @@ from consyn_jax.training.logging.tracking.backends import user_makers
 from consyn_jax.training.logging.tracking.callbacks import checked_callbacks
 from consyn_jax.training.loop import Training
 from consyn_jax.training.model_tokens import document_ids, model_tokenizer
-from consyn_jax.training.open_run import RunInputs
+from consyn_jax.training.open_run import RunInputs, run_resources
 from consyn_jax.training.optim.schedules import build_schedule, count_steps
 from consyn_jax.training.preference.reference import make_ready, ready_to_evaluate
 from consyn_jax.training.program import Built, Program, build_program
@@ -306,7 +305,7 @@ class ConsynTrainer:
         makers = user_makers(self.run.logging, self.origins, self._callbacks)
         training: Training | None = None
         try:
-            with explain_out_of_memory(), ExitStack() as stack:
+            with explain_out_of_memory(), run_resources(run_path(self.run)) as stack:
                 training = Training(replace(self.run_inputs(), callbacks=makers), stack)
                 outcome = training.run()
         except (Diverged, Interrupted, UserError, KeyboardInterrupt):

@@ -95,3 +95,42 @@ def test_a_preempted_pod_is_not_counted() -> None:
     assert conditions == [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     ]
+
+
+DOCS = MANIFESTS.parents[1] / "docs"
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "jobset.yaml"])
+def test_the_number_of_hosts_is_in_the_places_that_the_docs_count(name: str) -> None:
+    text = (MANIFESTS / name.removesuffix(".yaml") / name).read_text()
+    marked = [line for line in text.splitlines() if line.endswith(" # hosts")]
+    assert len(marked) == 4
+    assert len({line.split(":")[1].split()[0].strip('"') for line in marked}) == 1
+    assert "which appears in four places marked `# hosts`" in (DOCS / "kubernetes.md").read_text()
+    assert 'in all places marked "hosts"' in text
+
+
+@pytest.mark.parametrize(("name", "kind"), [("job.yaml", "Job"), ("jobset.yaml", "JobSet")])
+def test_a_frozen_process_is_killed_after_the_time_that_the_docs_say(name: str, kind: str) -> None:
+    spec = manifest(name, kind)
+    if kind == "JobSet":
+        spec = spec["replicatedJobs"][0]["template"]["spec"]
+    probe = spec["template"]["spec"]["containers"][0]["livenessProbe"]
+    assert "-mmin -1)" in probe["exec"]["command"][-1]
+    longest = 60 + probe["periodSeconds"] * probe["failureThreshold"]
+    longest += probe["terminationGracePeriodSeconds"]
+    words = f"is killed within {longest} seconds"
+    assert words in (MANIFESTS / name.removesuffix(".yaml") / name).read_text()
+    assert words in (DOCS / "kubernetes.md").read_text()
+
+
+def test_added_capabilities_are_for_root_only() -> None:
+    """In a pod that is not root they have no effect: kubernetes/kubernetes#56374."""
+    for name, kind in (("job.yaml", "Job"), ("jobset.yaml", "JobSet")):
+        spec = manifest(name, kind)
+        if kind == "JobSet":
+            spec = spec["replicatedJobs"][0]["template"]["spec"]
+        assert spec["template"]["spec"]["securityContext"]["runAsNonRoot"]
+    for component in (MANIFESTS / "with").glob("*/kustomization.yaml"):
+        for patch in yaml.safe_load(component.read_text()).get("patches", ()):
+            assert "capabilities" not in patch["patch"], component

@@ -73,12 +73,30 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "2"}
 def test_numbers_of_job_and_task_in_arguments(tmp_path: Path) -> None:
     given = ["--output", "/runs/a b-%A/%a", "--run_name", "%j %%"]
     _, calls, _ = submitted(tmp_path, *given, env=ARRAY)
-    assert calls == [SRUN.format("--output|/runs/a b-15/2|--run_name|17 %%")]
+    assert calls == [SRUN.format("--output|/runs/a b-15/2|--run_name|17 %")]
+    for environment in (ARRAY, {}):
+        _, calls, said = submitted(tmp_path, "--name", "%%a %%%%j 5%", env=environment)
+        assert (calls, said) == ([SRUN.format("--name|%a %%j 5%")], "")
     ended, calls, said = submitted(tmp_path, "--output", "/runs/%a")
     assert (ended, calls) == (2, [])
     assert "%a in the arguments need an array of jobs" in said
     _, calls, _ = submitted(tmp_path, "--output", "/runs/%j")
     assert calls == [SRUN.format("--output|/runs/17")]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"MOST_RESTARTS": "abc"}, "MOST_RESTARTS=abc is no whole number. Give one"),
+        ({"MOST_RESTARTS": "-1"}, "MOST_RESTARTS=-1 is no whole number."),
+        ({"SLURM_JOB_ID": ""}, "This script runs in a job of Slurm: sbatch "),
+    ],
+)
+def test_a_mistake_is_a_sentence(environment: dict[str, str], words: str, tmp_path: Path) -> None:
+    ended, calls, said = submitted(tmp_path, env=environment, code=139)
+    assert (ended, calls) == (2, [])
+    assert said.startswith(words)
+    assert said.count("\n") == 1
 
 
 def test_each_task_of_a_sweep_has_its_own_flags(tmp_path: Path) -> None:
@@ -89,11 +107,17 @@ def test_each_task_of_a_sweep_has_its_own_flags(tmp_path: Path) -> None:
     beyond = ARRAY | {"SLURM_ARRAY_TASK_ID": "3"}
     for environment, words in (
         (beyond, f"SWEEP={sweep} has no line 3"),
+        (ARRAY | {"SLURM_ARRAY_TASK_ID": "0"}, f"SWEEP={sweep} has no line 0"),
         ({}, "SWEEP needs an array of jobs"),
+        (ARRAY | {"SWEEP": f"{tmp_path}/none"}, f"SWEEP={tmp_path}/none cannot be read."),
     ):
         ended, calls, said = submitted(tmp_path, env={"SWEEP": str(sweep), **environment})
         assert (ended, calls) == (2, [])
-        assert words in said
+        assert said.startswith(words)
+        assert said.count("\n") == 1
+    sweep.write_bytes(b"# rates\r\n\r\n--lr 1e-3\r\n  # a larger one\r\n--lr 3e-3\r\n")
+    _, calls, _ = submitted(tmp_path, env={"SWEEP": str(sweep), **ARRAY})
+    assert calls == [SRUN.format("--lr|3e-3")]
     sweep.write_text("--output /runs/%a\n" * 2)
     _, calls, _ = submitted(tmp_path, env={"SWEEP": str(sweep), **ARRAY})
     assert calls == [SRUN.format("--output|/runs/2")]

@@ -302,6 +302,36 @@ def test_a_server_that_is_down_at_the_end_is_waited_for_and_not_for_ever(
 
 
 @pytest.mark.parametrize("server", SCHEMES, indirect=True)
+@pytest.mark.parametrize("is_signalled", [False, True])
+def test_a_server_that_hangs_at_the_end_holds_no_process(
+    nursery: Nursery, server: Server, is_signalled: bool, tmp_path: Path
+) -> None:
+    """The clients' own limits are minutes. The limit of the wait is 2 s, or one signal."""
+    key, exit_s = f"hang-{is_signalled}", 600.0 if is_signalled else 2.0
+    child = start(nursery, server, tmp_path / "one", key, exit_s=exit_s, held=11)
+    await_mark(child, server, key, 5)
+    server.gate.mode = "hang"
+    (tmp_path / "one" / "go").touch()
+    await_said(child, "Everything is in", 1)
+    began = time.monotonic()
+    if is_signalled:
+        time.sleep(1.0)
+        child.signal(signal.SIGTERM)
+    assert child.wait() == (75 if is_signalled else 0), child.said
+    assert time.monotonic() - began < 30
+    path = tmp_path / "one" / "run"
+    said = f"not all files of {path} are there (newest complete checkpoint there: step "
+    assert said in child.said
+    if is_signalled:
+        assert f"consyn-train: SIGTERM: the run in {path} is complete, and no longer" in child.said
+        assert child.said.count("SIGTERM") == 1, child.said
+    server.gate.mode = "open"
+    again = start(nursery, server, tmp_path / "one", key)
+    assert again.wait() == 0, again.said
+    assert newest_mark(server, key) == STEPS
+
+
+@pytest.mark.parametrize("server", SCHEMES, indirect=True)
 def test_a_start_that_cannot_reach_its_bucket_is_a_sentence(
     nursery: Nursery, server: Server, tmp_path: Path
 ) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from memory_bucket import MemoryBucket
 
+from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.data.sources.discovery import find_sources
 from consyn_jax.errors import UserError
 from consyn_jax.files import cache_directory
+from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.remote import local_copy as module
 from consyn_jax.remote.bucket import BucketError, Stored, without_keys
 from consyn_jax.remote.local_copy import local_copy
@@ -52,6 +54,33 @@ def test_a_pattern_copies_what_matches(
     ]
 
 
+def test_stores_and_messages_name_the_url_and_not_the_copy(
+    bucket: MemoryBucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a store does not depend on where the cache is."""
+    bucket._write("set/a.jsonl", b'{"text": "a text"}\n{"text": "another text"}\n{bad\n')
+    bucket._write("set/deep/empty.csv", b"")
+    bucket._write("odd/x.npy", b"\xff")
+    stores = []
+    for name in ("one", "two"):
+        monkeypatch.setenv("CONSYN_CACHE", str(tmp_path / f"cache-{name}"))
+        local_copy.cache_clear()
+        given = {"data": ("s3://bucket/set",), "tokenizer": "bytes", "num_workers": 0}
+        with pytest.raises(UserError, match=r"^s3://bucket/set/a.jsonl:3 is broken JSON"):
+            prepare(CorpusOptions(**given), output=tmp_path / "none")
+        options = CorpusOptions(**given, on_bad_rows="skip")
+        prepared = prepare(options, output=tmp_path / name)
+        assert prepared.left_out == (("s3://bucket/set/deep/empty.csv", "is empty"),)
+        content = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")}
+        assert b'"name": "s3://bucket/set/a.jsonl"' in content["sources.json"]
+        assert b"s3://bucket/set/a.jsonl" in content["report.html"]
+        assert not any(str(tmp_path).encode() in text for text in content.values())
+        stores.append(content)
+    assert stores[0] == stores[1]
+    with pytest.raises(UserError, match=r"^Nothing in the directory s3://bucket/odd can be used"):
+        find_sources(["s3://bucket/odd"])
+
+
 def test_what_is_in_the_cache_is_not_downloaded_again(bucket: MemoryBucket) -> None:
     first = local_copy("s3://bucket/corpus")
     local_copy.cache_clear()
@@ -78,7 +107,9 @@ def test_a_download_that_fails_leaves_what_is_whole_and_continues(bucket: Memory
             raise BucketError("cannot be reached (x)")
 
     bucket.before = fail
-    with pytest.raises(UserError, match=r"^s3://bucket/corpus cannot be reached \(x\)\.$"):
+    with pytest.raises(
+        UserError, match=r"^s3://bucket/corpus cannot be reached \(x\)\. Check .* again\.$"
+    ):
         local_copy("s3://bucket/corpus")
     (copy,) = (cache_directory() / "buckets/s3/bucket").iterdir()
     assert "corpus/c.jsonl" not in names(copy)

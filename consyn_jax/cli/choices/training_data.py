@@ -276,8 +276,8 @@ def _notes(prepared: Prepared, options: CorpusOptions) -> list[Note]:
         if split.num_documents is not None:
             size += f" of {counted(split.num_documents, 'document')}"
         sizes.append(size)
-    names = [source.name for source in prepared.used if source not in prepared.validation]
-    names += [source.name for source in prepared.validation]
+    names = [source.shown for source in prepared.used if source not in prepared.validation]
+    names += [source.shown for source in prepared.validation]
     notes = [("data", f"{listed(names)}: {', '.join(sizes)}")]
     notes += row_notes(report, options, store.tokenizer)
     notes += noticed(prepared.used, options, store.tokenizer, report)
@@ -341,7 +341,7 @@ def by_name(validation: Sequence[Source], options: CorpusOptions) -> list[Note]:
     """Header line about files of `--data` that are validation data because of their names."""
     if not validation or options.validation:
         return []
-    names = listed([source.name for source in validation])
+    names = listed([source.shown for source in validation])
     return [("validation", f"{counted(len(validation), 'file')} by name: {names}")]
 
 

@@ -282,7 +282,7 @@ def _raw(
     )
     raw = RawTokens(train, tokenizer, validation, validation_fraction)
     test, named = (_named(raw, corpus.sources, split) for split in (TEST, VALIDATION))
-    left_out = (*corpus.left_out, *held_out.left_out, *((each.name, IS_TEST) for each in test))
+    left_out = (*corpus.left_out, *held_out.left_out, *((each.shown, IS_TEST) for each in test))
     used = tuple(source for source in corpus.sources if source not in test)
     return Prepared(
         raw,

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from consyn_jax.data.saved_values import check_types
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, with_urls
 from consyn_jax.prepare_config import CorpusOptions
 
 REPORT = "report.json"
@@ -121,6 +121,7 @@ class Report:
         if len(shown) < EXAMPLES:
             # A message about a bad row follows the place directly; other text is quoted after a
             # colon.
+            place = with_urls(place)
             shown.append(
                 f"{place} {text}" if rule == "bad row" else f"{place}: {text[:EXAMPLE_CHARS]}"
             )
@@ -143,7 +144,8 @@ class Report:
         for name in ("dropped", "document_bytes", "document_tokens"):
             self.add(name, getattr(later, name))
         for rule, shown in later.examples.items():
-            self.examples[rule] = [*self.examples.get(rule, []), *shown][:EXAMPLES]
+            named = map(with_urls, shown)  # a worker of another machine knows no URLs
+            self.examples[rule] = [*self.examples.get(rule, []), *named][:EXAMPLES]
 
     def add(self, name: str, counts: Mapping[str, int], most_unread: float = UNREAD_KEYS) -> None:
         """Add counts to the table `name`."""

@@ -45,7 +45,7 @@ def sources_page(spec: Spec, contents: Sequence[Sequence[Any]]) -> str:
     """
     entries = [
         {
-            "name": source.name,
+            "name": source.shown,
             "kind": source.kind,
             "is_validation": number < spec.num_validation,
             "sha256": content[-1] if source.files or source.kind == "sample" else [],

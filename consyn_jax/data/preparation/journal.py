@@ -98,7 +98,7 @@ class Journal:
     def begin(cls, spec: Spec, key: str, single: bool) -> Journal:
         """The state before the first block."""
         sources = [
-            {"name": source.name, "kind": source.kind, "documents": 0, "kept": 0}
+            {"name": source.shown, "kind": source.kind, "documents": 0, "kept": 0}
             for source in spec.sources
         ]
         report = Report(sources=sources, left_out=[list(item) for item in spec.left_out])

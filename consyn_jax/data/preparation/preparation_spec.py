@@ -20,7 +20,7 @@ from consyn_jax.data.sources.source import Source
 from consyn_jax.data.split import SALT, VALIDATION
 from consyn_jax.data.store.file_hashes import FileHashes
 from consyn_jax.data.store.manifest import VERSION
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, with_urls
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 from consyn_jax.tokenization import BPETokenizer, load_tokenizer
 from consyn_jax.tokenization.chat.plain_template import PLAIN
@@ -116,6 +116,21 @@ class Spec:
 
 
 def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
+    """Find the sources of `--data` and of `--validation`; name files that are left out as given.
+
+    Raises:
+        UserError: data is missing or unusable, or an option is out of its range.
+    """
+    corpus, held_out = (
+        dataclasses.replace(
+            found, left_out=tuple((with_urls(name), reason) for name, reason in found.left_out)
+        )
+        for found in _find(options)
+    )
+    return corpus, held_out
+
+
+def _find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
     """Find the sources of `--data` and of `--validation`.
 
     A file in both is used only for validation: `--data DIR --validation DIR/valid.txt` must not

@@ -14,7 +14,7 @@ from consyn_jax.data.sources.reader import Block, Position, Reader, Reading
 from consyn_jax.data.sources.sample_reader import SampleReader
 from consyn_jax.data.sources.text_reader import TextReader
 from consyn_jax.data.sources.token_reader import TokenReader
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, with_urls
 
 # Readers are tried in this order, so the most general reader comes last.
 READERS: dict[str, Reader] = {
@@ -46,6 +46,11 @@ class Source:
     def reader(self) -> Reader:
         """The reader of the source's type."""
         return READERS[self.kind]
+
+    @property
+    def shown(self) -> str:
+        """Name for users and records: the URL of an object that was copied from a bucket."""
+        return with_urls(self.name)
 
     @cached_property
     def num_bytes(self) -> int:

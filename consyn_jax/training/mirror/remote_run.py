@@ -13,6 +13,7 @@ import json
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -42,6 +43,7 @@ DIGEST = "checksums"  # key in a marker, for the SHA-256 of the checkpoint's fil
 MODELS = ("best", "final")
 FETCHED = "fetched"  # directory for unfinished downloads, in the run directory
 AT_ONCE = 8  # concurrent downloads
+RELEASE_S = 10.0  # the longest wait for the release of the lease
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class RemoteRun:
         key = self.key(LEASE)
         holder = secrets.token_hex(8)
         self.lease = Lease(open_bucket(self.place), key, f"--remote {self.place}", holder)
+        self._is_released = False
 
     def key(self, name: str) -> str:
         """Return the bucket key of a file, from its name in the run directory."""
@@ -241,9 +244,7 @@ class RemoteRun:
         try:
             yield
         except BucketError as error:
-            raise UserError(
-                f"--remote {self.place} {error}. When this is solved, the same command continues."
-            ) from error
+            raise UserError(f"--remote {self.place} {error}. {error.advice}") from error
 
     def _fetch(self, contents: Contents, path: Path, say: Callable[[str], None]) -> None:
         """Download the run with its newest intact checkpoint."""
@@ -315,9 +316,23 @@ class RemoteRun:
                 self.bucket.delete(some)
 
     def release(self) -> None:
-        """Release the lease. If the store does not answer, the lease expires by itself."""
-        with suppress(BucketError):
-            self.lease.release()
+        """Release the lease. If the store does not answer soon, the lease expires by itself."""
+        if self._is_released:
+            return
+        self._is_released = True
+
+        def ask() -> None:
+            with suppress(BucketError):
+                self.lease.release()
+
+        asking = threading.Thread(target=ask, name="release", daemon=True)
+        asking.start()
+        asking.join(RELEASE_S)
+
+    def abandon(self) -> None:
+        """Let the lease expire, because an upload may still be in progress."""
+        self._is_released = True
+        self.lease.stop()
 
 
 def holds_run(path: Path) -> bool:

@@ -13,11 +13,10 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from consyn_jax.errors import Unsaved, UserError
+from consyn_jax.errors import Interrupted, UserError, settled
 from consyn_jax.files import open_regular
 from consyn_jax.remote.bucket import BucketError
 from consyn_jax.training.checkpointing.checkpoint_files import CHECKSUMS, saved_steps
@@ -25,15 +24,18 @@ from consyn_jax.training.checkpointing.commit import kept_steps
 from consyn_jax.training.checkpointing.orbax_writes import lower_priority
 from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord
 from consyn_jax.training.mirror.remote_run import DIGEST, MARKERS, MODELS, RemoteRun
+from consyn_jax.training.mirror.uploaded_files import as_it_is, files_of
 from consyn_jax.training.run.directory import CHECKPOINTS, ENTRIES, RunDirectory
 from consyn_jax.training.run.model_manifest import MANIFEST
 
 LOOK_S = 1.0  # between checks for a new checkpoint
 FILES_S = 60.0  # between uploads of a file that grows, such as the log
 LONGEST_PAUSE_S = 60.0  # limit of the pause after a failure, which doubles with each failure
-# At its end, a run waits for uploads as long as they succeed. It gives up when they have failed for
-# this time, in which a server can restart. The next start on this machine uploads the rest.
+# At its end, a run waits for uploads as long as they succeed. It gives up when nothing has been
+# uploaded for this time, in which a server can restart. The next start here uploads the rest.
 EXIT_S = 120.0
+# Bytes of a file that clients may read before the server has accepted any of it.
+READ_AHEAD = 1 << 27
 # run.json is first, because it says which run the other files belong to. wandb/ is left out,
 # because Weights & Biases uploads it.
 PLAIN = (RUN_JSON, *(n for n in ENTRIES if n not in (RUN_JSON, CHECKPOINTS, "wandb", *MODELS)))
@@ -41,6 +43,10 @@ PLAIN = (RUN_JSON, *(n for n in ENTRIES if n not in (RUN_JSON, CHECKPOINTS, "wan
 
 class _LeaseLost(Exception):
     """Another process writes to the bucket now."""
+
+
+class _Abandoned(Exception):
+    """The run has ended without waiting for this thread."""
 
 
 class RunMirror:
@@ -71,7 +77,9 @@ class RunMirror:
         self._models: dict[str, str | None] = {}
         self._marked: dict[int, str] | None = None  # digests by step; None until they are read
         self._failing_since: float | None = None
-        self._ends_since = 0.0
+        self._failure = ""  # clause about the newest failure
+        self._ends_since = self._progress_at = time.monotonic()
+        self._has_given_up = self._is_abandoned = False
         self._defect: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -83,6 +91,8 @@ class RunMirror:
         lower_priority()
         try:
             self._follow()
+        except _Abandoned:
+            return
         except _LeaseLost:
             self._warn(
                 f"Another process has taken --remote {self._remote.place}, so this one uploads "
@@ -124,28 +134,41 @@ class RunMirror:
         Uploads are given up only after the end of the run, if they fail for `EXIT_S` seconds.
         """
         place, now = self._remote.place, time.monotonic()
+        if self._is_abandoned:
+            return True
+        self._failure = f"still {_clause(error)}"
         if self._failing_since is None:
             self._failing_since = now
             self._warn(
                 f"--remote {place} {_clause(error)}. The run goes on, and uploads the rest later."
             )
-        if ends and now - max(self._failing_since, self._ends_since) > EXIT_S:
-            self._warn(f"--remote {place} still {_clause(error)}, so {self._rest()}")
-            return True
-        return False
+        self._has_given_up = ends and now - max(self._failing_since, self._ends_since) > EXIT_S
+        return self._has_given_up
+
+    def _progressed(self) -> None:
+        self._progress_at = time.monotonic()
+
+    def _read(self, position: int) -> None:
+        """Count bytes that a client reads from a file as progress, if the server takes them.
+
+        After a failure, a client may only be reading the beginning of the file again.
+        """
+        if self._failing_since is None or position > READ_AHEAD:
+            self._progressed()
 
     def _rest(self) -> str:
-        """Return the end of a warning: what the bucket has, and how to upload the rest."""
-        newest = max(self._marked or (), default=None)
-        there = "no checkpoint" if newest is None else f"the run up to step {newest:,}"
+        """Return the end of a sentence: what the bucket lacks, and how to upload the rest."""
+        newest = max([*(self._marked or ())], default=None)
+        there = "none" if newest is None else f"step {newest:,}"
         return (
-            f"it has {there}, but not all files of {self._path}. To upload the rest, run the same "
-            "command again on this machine."
+            f"not all files of {self._path} are there (newest complete checkpoint there: {there}). "
+            "To upload the rest, run the same command again on this machine."
         )
 
     def _succeeded(self) -> None:
         if self._failing_since is not None:
             self._failing_since = None
+            self._failure = ""
             self._note(f"Uploads to {self._remote.place} succeed again.")
 
     def _unmarked(self) -> list[int]:
@@ -200,6 +223,8 @@ class RunMirror:
     # -------------------------------------------------------------------------------------- uploads
 
     def _require_lease(self) -> None:
+        if self._is_abandoned:
+            raise _Abandoned
         lease = self._remote.lease
         if not lease.is_valid:
             lease.renew()
@@ -211,18 +236,22 @@ class RunMirror:
     def _send(self, file: Path, name: str) -> None:
         self._require_lease()
         with open(file, "rb", opener=open_regular) as opened:
-            self._remote.bucket.upload(_as_it_is(opened.fileno()), self._remote.key(name))
+            content = as_it_is(opened.fileno(), self._read)
+            self._remote.bucket.upload(content, self._remote.key(name))
+        self._progressed()
 
     def _put(self, name: str, content: bytes) -> None:
         self._require_lease()
         self._remote.bucket.upload(io.BytesIO(content), self._remote.key(name))
+        self._progressed()
 
     def _delete(self, names: list[str]) -> None:
         self._require_lease()
         self._remote.delete(names)
+        self._progressed()
 
     def _send_plain(self, path: Path) -> None:
-        for file in _files(path):
+        for file in files_of(path):
             name = file.relative_to(self._path).as_posix()
             try:
                 status = file.stat()
@@ -277,7 +306,7 @@ class RunMirror:
             FileNotFoundError: The directory was replaced or removed meanwhile.
         """
         before, names = place.stat(), set()
-        for file in _files(place):
+        for file in files_of(place):
             inside = file.relative_to(place).as_posix()
             if inside != besides:
                 self._send(file, f"{name}/{inside}")
@@ -298,38 +327,56 @@ class RunMirror:
 
     # -------------------------------------------------------------------------------------- the end
 
-    def close(self) -> None:
+    def close(self, is_complete: bool = False) -> None:
         """Wait for the uploads, then release the lease.
 
-        The wait ends when all files are uploaded, when uploads have failed for `EXIT_S` seconds, or
-        at a signal. The signal is not raised again, because the run itself has already ended.
+        The wait ends when all files are uploaded, when nothing has been uploaded for `EXIT_S`
+        seconds (whatever the clients' timeouts are), or at a signal. In the last two cases the
+        thread may hang in a request. It is then left alone, and the lease expires by itself.
+
+        Args:
+            is_complete: Whether the run is complete, and nothing else ends this process.
+
+        Raises:
+            Interrupted: A signal ended the wait after a complete run.
         """
-        self._ends_since = time.monotonic()
+        self._ends_since = self._progress_at = time.monotonic()
         self._stop.set()
+        place = self._remote.place
         try:
-            while self._thread.is_alive():
-                self._thread.join(1.0)
-                self._moved()
+            self._await_uploads()
+            if self._has_given_up:
+                still = self._failure or f"has taken nothing for {EXIT_S:g} seconds"
+                self._warn(f"--remote {place} {still}, so {self._rest()}")
+            self._remote.release()
         except KeyboardInterrupt as stopped:
-            if isinstance(stopped, Unsaved):
-                stopped.settle()
+            signal = settled(stopped)
+            self._abandon()
+            if is_complete:
+                raise Interrupted(
+                    f"{signal}: the run in {self._path} is complete, and no longer waits for "
+                    f"--remote {place}: {self._rest()}"
+                ) from None
             self._warn(
-                f"After a signal, the run no longer waits for --remote {self._remote.place}: "
-                f"{self._rest()}"
+                f"After a signal, the run no longer waits for --remote {place}: {self._rest()}"
             )
-            return
-        self._remote.release()
         if self._defect is not None:
             raise self._defect
 
+    def _await_uploads(self) -> None:
+        """Wait for the thread, until it ends or nothing has been uploaded for `EXIT_S` seconds."""
+        while self._thread.is_alive():
+            self._thread.join(LOOK_S)
+            self._moved()
+            if self._thread.is_alive() and time.monotonic() - self._progress_at > EXIT_S:
+                self._has_given_up = True
+                self._abandon()
+                return
 
-def _files(path: Path) -> Iterator[Path]:
-    """Yield a file, or the files in a directory, without hidden files and symbolic links."""
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in found:
-        is_hidden = any(part.startswith(".") for part in file.relative_to(path.parent).parts)
-        if file.is_file() and not file.is_symlink() and not is_hidden:
-            yield file
+    def _abandon(self) -> None:
+        """Let the thread end after its current request, and do not wait for it."""
+        self._is_abandoned = True
+        self._remote.abandon()
 
 
 def _clause(error: Exception) -> str:
@@ -338,36 +385,3 @@ def _clause(error: Exception) -> str:
         return str(error)
     refused = error.strerror if isinstance(error, OSError) else None
     return f"lacks a file that this process cannot read ({refused or error})"
-
-
-def _as_it_is(descriptor: int) -> io.BufferedReader:
-    return io.BufferedReader(_Bounded(descriptor), 1 << 20)
-
-
-class _Bounded(io.RawIOBase):
-    """Reads a file up to its size at opening, even if the file grows meanwhile."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._place = descriptor, 0
-        self._size = os.fstat(descriptor).st_size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
-        begins = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}
-        self._place = max(0, begins[whence] + place)
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readinto(self, into: Any) -> int:
-        wanted = max(0, min(len(into), self._size - self._place))
-        data = os.pread(self._descriptor, wanted, self._place)
-        into[: len(data)] = data
-        self._place += len(data)
-        return len(data)

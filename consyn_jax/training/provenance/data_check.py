@@ -19,6 +19,7 @@ from consyn_jax.data.store.manifest import (
 from consyn_jax.data.store.token_store import fingerprint_of
 from consyn_jax.errors import counted
 from consyn_jax.files import strays
+from consyn_jax.remote.urls import is_bucket_url
 from consyn_jax.training.provenance.findings import Findings, changed_files
 
 KINDS = {
@@ -103,6 +104,8 @@ def changed_sources(entries: Iterable[dict[str, Any]]) -> dict[str, str]:
 
 def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> str:
     name, kind, digests = entry["name"], entry["kind"], entry["sha256"]
+    if is_bucket_url(name):
+        return f"{name} is in a bucket, so it cannot be compared with what was prepared."
     if not digests or kind not in READERS:  # Hub datasets cannot change: their names have a commit
         return ""
     source = Source(name, kind)
@@ -122,7 +125,11 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
         found.unchecked.append(f"data: {directory} has no record of its sources")
     expected: dict[Path, str] = {}
     missing: list[Path] = []
+    in_buckets: list[str] = []
     for entry in sources:
+        if is_bucket_url(entry["name"]):
+            in_buckets.append(entry["name"])
+            continue
         source, digests = Source(entry["name"], entry["kind"]), entry["sha256"]
         with found.checking("data", Path(entry["name"])):
             files = source.files if entry["kind"] in READERS else ()
@@ -137,4 +144,7 @@ def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findin
                 expected |= dict(zip(files, digests, strict=True))
     faults, gone = changed_files(expected)
     _note_missing([*missing, *gone], found)
+    if in_buckets:
+        more = f" and {counted(len(in_buckets) - 1, 'more object')}" if in_buckets[1:] else ""
+        found.unchecked.append(f"data: in a bucket, and not downloaded: {in_buckets[0]}{more}")
     found.files("data", faults, len(expected) - len(gone), "source file")

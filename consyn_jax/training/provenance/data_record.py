@@ -19,7 +19,7 @@ from consyn_jax.data.store.raw_tokens import RawShard, raw_split
 from consyn_jax.data.store.shards import Shard, Tokens
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.data.store.token_store import TokenStore, fingerprint_of
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, with_urls
 from consyn_jax.training.checkpointing.checkpoint_files import PROVENANCE
 
 LISTED_SOURCES = 200  # at most this many sources per store are recorded; sources.json lists all
@@ -80,6 +80,7 @@ def _record_stores(shards: Sequence[Shard]) -> dict[str, Any]:
         stores.append(
             {
                 "directory": str(directory.resolve()),
+                **_url_of(directory),
                 "fingerprint": fingerprint_of(manifest),
                 "sources_sha256": manifest.get("sources_sha256"),
                 "num_sources": len(sources),
@@ -89,11 +90,18 @@ def _record_stores(shards: Sequence[Shard]) -> dict[str, Any]:
     return {"split": shards[0].split_name, "stores": stores}
 
 
+def _url_of(path: Path) -> dict[str, str]:
+    """The URL of a path that is a copy from a bucket, as the value `url`; {} for others."""
+    url = with_urls(str(path))
+    return {} if url == str(path) else {"url": url}
+
+
 def _record_files(shards: Sequence[RawShard]) -> dict[str, Any]:
     with FileHashes() as file_hash:
         files = [
             {
                 "path": str(shard.path.resolve()),
+                **_url_of(shard.path),
                 "sha256": file_hash(shard.path),
                 "tokens": [shard.first, shard.first + shard.num_tokens],
             }

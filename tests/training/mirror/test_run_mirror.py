@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from memory_bucket import MemoryBucket
 
 from consyn_jax.config import RunConfig
 from consyn_jax.config_file import describe
-from consyn_jax.errors import UserError
+from consyn_jax.errors import Interrupted, Unsaved, UserError
 from consyn_jax.remote import lease
 from consyn_jax.remote.bucket import BucketError
 from consyn_jax.resolve import resolve
@@ -269,7 +270,11 @@ def test_the_end_waits_for_a_store_that_is_down_and_not_for_ever(
     began = time.monotonic()
     running.mirror.close()
     assert 0.3 <= time.monotonic() - began < 60
-    assert "so it has the run up to step 10, but not all files of" in running.warned[-1]
+    assert running.warned[-1] == (
+        f"--remote {URL} still does not answer now (SlowDown), so not all files of "
+        f"{directory.path} are there (newest complete checkpoint there: step 10). To upload the "
+        "rest, run the same command again on this machine."
+    )
     bucket.before = lambda name, key: None
     start(directory).mirror.close()  # the same command, which waits for the end of the lease
     assert marked(bucket) == [10, 20]
@@ -520,7 +525,7 @@ def test_a_store_that_does_not_answer_at_the_start_is_a_sentence(
 
     bucket.before = fail
     with pytest.raises(
-        UserError, match=rf"^--remote {URL} cannot be reached \(refused\)\. When this is solved"
+        UserError, match=rf"^--remote {URL} cannot be reached \(refused\)\. Check .* again\.$"
     ):
         check_remote(config)
 
@@ -538,21 +543,137 @@ def test_a_defect_in_the_thread_is_raised_at_the_end_and_not_before(
         running.mirror.close()
 
 
-def test_a_signal_ends_the_wait(
-    bucket: MemoryBucket, config: RunConfig, directory: RunDirectory
+@pytest.fixture
+def hanging(bucket: MemoryBucket) -> Iterator[threading.Event]:
+    """While this event is set, the store accepts requests and answers none of them."""
+    hangs, released = threading.Event(), threading.Event()
+
+    def hang(name: str, key: str) -> None:
+        if hangs.is_set():
+            released.wait(WAITS_S)
+            raise BucketError("cannot be reached (Read timeout)")
+
+    bucket.before = hang
+    yield hangs
+    hangs.clear()
+    released.set()
+
+
+def test_the_end_of_the_wait_does_not_depend_on_the_client_s_timeouts(
+    hanging: threading.Event,
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(name: str, key: str) -> None:
-        if name == "upload":
-            raise BucketError("cannot be reached (refused)")
+    """The thread hangs in one request for longer than the run waits for all of them."""
+    monkeypatch.setattr(run_mirror, "EXIT_S", 0.3)
+    checkpoint(directory, 10)
+    running = Mirrored(config, directory)
+    wait(lambda: 10 in marked(bucket))
+    hanging.set()
+    checkpoint(directory, 20)
+    began = time.monotonic()
+    running.mirror.close(is_complete=True)
+    running.remote.release()  # the callback of the stack
+    assert 0.3 <= time.monotonic() - began < 5
+    assert running.warned == [
+        f"--remote {URL} has taken nothing for 0.3 seconds, so not all files of {directory.path} "
+        "are there (newest complete checkpoint there: step 10). To upload the rest, run the same "
+        "command again on this machine."
+    ]
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "mirror")
 
-    def signal() -> None:
-        raise KeyboardInterrupt
 
-    bucket.before = fail
-    running = Mirrored(config, directory, signal)
+def test_what_a_failing_client_reads_again_does_not_prolong_the_wait(
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client with short timeouts reads the file anew for each of its attempts."""
+    monkeypatch.setattr(run_mirror, "EXIT_S", 0.5)
+    upload = bucket.upload
+
+    def read_and_fail(file: Any, key: str) -> None:
+        file.read()
+        time.sleep(0.2)
+        raise BucketError("cannot be reached (Read timeout)")
+
+    monkeypatch.setattr(bucket, "upload", read_and_fail)
+    running = Mirrored(config, directory)
+    began = time.monotonic()
     running.mirror.close()
-    said = f"After a signal, the run no longer waits for --remote {URL}: it has"
-    assert running.warned[-1].startswith(said)
+    assert time.monotonic() - began < 5
+    assert "newest complete checkpoint there: none" in running.warned[-1]
+    monkeypatch.setattr(bucket, "upload", upload)
+
+
+def test_a_slow_upload_is_waited_for_while_its_bytes_are_taken(
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_mirror, "EXIT_S", 0.3)
+    upload = bucket.upload
+    (directory.path / "loss.png").write_bytes(bytes(10 << 20))
+
+    def slowly(file: Any, key: str) -> None:
+        if key.endswith("loss.png"):
+            while file.read(1 << 20):
+                time.sleep(0.08)
+            file.seek(0)
+        upload(file, key)
+
+    monkeypatch.setattr(bucket, "upload", slowly)
+    running = Mirrored(config, directory)
+    running.mirror.close()
+    assert running.warned == []
+    assert len(bucket.objects[f"{TOP}loss.png"][0]) == 10 << 20
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_signal_ends_the_wait(
+    is_complete: bool, hanging: threading.Event, config: RunConfig, directory: RunDirectory
+) -> None:
+    """A complete run exits with 75; after another end, its own exit code remains."""
+
+    def come() -> None:
+        raise Unsaved(signal.SIGTERM, dropped.append)
+
+    dropped: list[int] = []
+    running = Mirrored(config, directory, come)
+    hanging.set()
+    began = time.monotonic()
+    rest = f"not all files of {directory.path} are there (newest complete checkpoint there: none). "
+    if is_complete:
+        with pytest.raises(Interrupted) as stopped:
+            running.mirror.close(is_complete)
+        assert str(stopped.value).startswith(
+            f"SIGTERM: the run in {directory.path} is complete, and no longer waits for --remote "
+            f"{URL}: {rest}"
+        )
+    else:
+        running.mirror.close(is_complete)
+        said = f"After a signal, the run no longer waits for --remote {URL}: {rest}"
+        assert running.warned[-1].startswith(said)
+    running.remote.release()
+    assert time.monotonic() - began < 5
+    assert dropped == []
+
+
+def test_a_release_that_hangs_ends(
+    hanging: threading.Event, bucket: MemoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_run, "RELEASE_S", 0.1)
+    remote = RemoteRun(URL)
+    remote.lease.acquire()
+    remote.lease.start()
+    hanging.set()
+    began = time.monotonic()
+    remote.release()
+    assert time.monotonic() - began < 5
 
 
 def test_decay_from_has_no_copy(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def unread_structure(
     found: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for source in texts:
         for key, count in _structure(source, markers, TOTAL_BYTES // len(texts)).items():
-            found.setdefault(key, []).append((source.name, count))
+            found.setdefault(key, []).append((source.shown, count))
     return [_sentence(*key, places) for key, places in found.items()]
 
 

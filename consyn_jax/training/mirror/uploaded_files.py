@@ -1,0 +1,60 @@
+"""The files of a run directory as they are uploaded: which ones, and how far they are read."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """Yield a file, or the files in a directory, without hidden files and symbolic links."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in found:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path.parent).parts)
+        if file.is_file() and not file.is_symlink() and not is_hidden:
+            yield file
+
+
+def as_it_is(descriptor: int, read: Callable[[int], None]) -> io.BufferedReader:
+    """Open a file up to its size now, even if it grows meanwhile.
+
+    Args:
+        read: Function that is called with the position whenever bytes are read for the first time.
+    """
+    return io.BufferedReader(_Bounded(descriptor, read), 1 << 20)
+
+
+class _Bounded(io.RawIOBase):
+    """Reads a file up to its size at opening."""
+
+    def __init__(self, descriptor: int, read: Callable[[int], None]) -> None:
+        self._descriptor, self._place = descriptor, 0
+        self._read, self._furthest = read, 0
+        self._size = os.fstat(descriptor).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+        begins = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}
+        self._place = max(0, begins[whence] + place)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, into: Any) -> int:
+        wanted = max(0, min(len(into), self._size - self._place))
+        data = os.pread(self._descriptor, wanted, self._place)
+        into[: len(data)] = data
+        self._place += len(data)
+        if self._place > self._furthest:
+            self._furthest = self._place
+            self._read(self._place)
+        return len(data)
