@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,6 +141,16 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
     return f"interrupted; finished work is kept in {output}. Run {same} again to continue."
 
 
+def _check_outside(used: Iterable[tuple[str, str]], path: Path) -> None:
+    """Raise UserError if a path that the command reads, given with its flag, is in the output."""
+    for name, value in used:
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"--overwrite would delete --{name} {value}, which is in --output {path}. Name "
+                "another directory for the new store."
+            )
+
+
 def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
     """Delete the token store in `path`, for `--overwrite`.
 
@@ -169,12 +179,7 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
     if data.validation:
         held_out = find_sources(data.validation, flag="validation", invalid_utf8=data.invalid_utf8)
         used += [("validation", source.name) for source in held_out.sources]
-    for name, value in [*used, ("tokenizer", data.tokenizer or "")]:
-        if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
-            raise UserError(
-                f"--overwrite would delete --{name} {value}, which is in --output {path}. Name "
-                "another directory for the new store."
-            )
+    _check_outside([*used, ("tokenizer", data.tokenizer or "")], path)
     if data.tokenizer and not data.tokenizer.startswith("train:"):
         load_tokenizer(data.tokenizer)
     entries = sorted(path.iterdir()) if path.is_dir() else []

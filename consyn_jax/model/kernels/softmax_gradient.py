@@ -57,15 +57,10 @@ def softmax_gradient(
     row, scalar = pl.BlockSpec((None, whole), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (i,))
     weights = {"smoothing": label_smoothing, "z_loss": z_loss}
     arguments = {name: x for name, x in weights.items() if isinstance(x, jax.Array)}
+    constants = {name: x for name, x in weights.items() if name not in arguments}
     per_token = jax.ShapeDtypeStruct((n,), jnp.float32)
-    kernel = partial(
-        _kernel,
-        width=width,
-        num_logits=V,
-        vocab_size=vocab_size,
-        constants={name: x for name, x in weights.items() if name not in arguments},
-        arguments=tuple(arguments),
-    )
+    sizes = {"width": width, "num_logits": V, "vocab_size": vocab_size}
+    kernel = partial(_kernel, **sizes, constants=constants, arguments=tuple(arguments))
     return pl.pallas_call(
         kernel,
         grid=(n,),

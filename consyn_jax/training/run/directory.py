@@ -80,7 +80,7 @@ def run_path(config: RunConfig) -> Path:
 
 
 def found_study(path: Path) -> str | None:
-    """What a directory holds of `consyn-tune`, for a message; None if it holds nothing."""
+    """Name the part of a `consyn-tune` study in a directory, for a message; None without one."""
     if (path / STUDY_RECORD).exists():
         return "a study of consyn-tune"
     if (path / LADDER_RECORD).exists() or any(path.glob(f"{RUNGS}/[0-9]*/{CONFIG}")):

@@ -129,11 +129,7 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     """
     saving, path = config.saving, run_path(config)
     check_writable(path)
-    if (study := found_study(path)) is not None:
-        raise UserError(
-            f"--output {path} contains {study}, but a run needs its own directory. Name another "
-            "--output."
-        )
+    _refuse_study(path)
     if not saving.overwrite:  # --overwrite deletes links and does not follow them
         refuse_links(path)
     if config.optimizer.decay_from is not None:
@@ -170,6 +166,14 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     if derived is not None and steps:
         check_schedule(old, config, derived, steps[-1] if requested is None else requested)
     return True
+
+
+def _refuse_study(path: Path) -> None:
+    if (study := found_study(path)) is not None:
+        raise UserError(
+            f"--output {path} contains {study}, but a run needs its own directory. Name another "
+            "--output."
+        )
 
 
 def check_writable(path: Path) -> None:

@@ -82,7 +82,7 @@ def _uses_tls() -> bool:
 
 
 def _fault_of(server: socket.socket) -> str:
-    """What is wrong with a server's answer to the beginning of gRPC; "" for a gRPC server."""
+    """Say why a server is no gRPC server, by its answer to the first bytes of gRPC; "" if it is."""
     until, answer = time.monotonic() + LONGEST_S, b""
     try:
         server.sendall(_BEGINNING)
