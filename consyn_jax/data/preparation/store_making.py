@@ -18,7 +18,7 @@ from consyn_jax.errors import UserError
 
 
 class Built(NamedTuple):
-    """What `build` did.
+    """Result of `build`.
 
     Attributes:
         was_complete: whether the store was already complete.

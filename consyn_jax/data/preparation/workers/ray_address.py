@@ -82,7 +82,7 @@ def _uses_tls() -> bool:
 
 
 def _fault_of(server: socket.socket) -> str:
-    """What is wrong with a server's answer to the beginning of gRPC; "" for a gRPC server."""
+    """Describe a server's wrong answer to the beginning of gRPC; "" for a gRPC server."""
     until, answer = time.monotonic() + LONGEST_S, b""
     try:
         server.sendall(_BEGINNING)
