@@ -90,19 +90,22 @@ def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], 
 
 
 def make(config: PrepareConfig) -> None:
-    """Check `--output`, make the token store, and print a summary.
+    """Check the directories, make the token store, and print a summary.
 
     Raises:
         Interrupted: a signal came; finished work is kept.
-        UserError: `--output` or the data cannot be used.
+        UserError: a directory or the data cannot be used.
     """
     from consyn_jax.data.preparation.cached_store import prepare
     from consyn_jax.data.preparation.destination import check_output
+    from consyn_jax.data.preparation.segments.job_directory import check_shared_directory
     from consyn_jax.training.logging.console import Console
     from consyn_jax.training.run.opening import check_writable
 
     output = Path(config.store.output)
     check_writable(output)
+    if config.workers.shared_directory is not None:
+        check_shared_directory(config.workers.shared_directory, output, config.data)
     check_output(output)
     scratch = _delete_store(config, output) if config.store.overwrite else []
     began = time.monotonic()
@@ -162,10 +165,7 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
     Raises:
         UserError: the input cannot be used or is in `path`, or `path` holds other files.
     """
-    from consyn_jax.data.preparation.segments.job_directory import (
-        check_shared_directory,
-        remove_scratch,
-    )
+    from consyn_jax.data.preparation.segments.job_directory import remove_scratch
     from consyn_jax.data.sources.discovery import find_sources
     from consyn_jax.data.store.manifest import STORE_FILE, delete_store
     from consyn_jax.tokenization import load_tokenizer
@@ -189,8 +189,6 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
             f"--overwrite would delete {listed(strangers)} in --output {path}, which does not "
             "belong to a token store. Move it elsewhere."
         )
-    if config.workers.shared_directory is not None:
-        check_shared_directory(config.workers.shared_directory, path, data)
     _check_unused(path)
     try:
         scratch = remove_scratch(path)

@@ -430,3 +430,16 @@ class TestBar:
         assert "tokenize" in terminal.getvalue()
         assert terminal.getvalue().endswith("\x1b[2K")
         bar.close()
+
+
+def test_a_separator_that_separates_nothing_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also when the store is complete already."""
+    Path("corpus/a.txt").write_bytes(b"one\r\n---\r\ntwo\r\n")
+    Path("corpus/b.txt").write_text("three\n---\nfour\n")
+    for _ in range(2):
+        prepared(
+            "--data", "corpus", "--document_separator", r"\n---\n", "--validation_fraction", "0"
+        )
+        said = " ".join(capfd.readouterr().err.split())
+        assert r"--document_separator $'\n---\n' separates no documents in corpus/a.txt. " in said
+        assert r"Lines end with CRLF in corpus/a.txt, so write the separator as $'\r\n---" in said

@@ -37,7 +37,6 @@ from consyn_jax.data.preparation.preparation_spec import (
     key_of,
 )
 from consyn_jax.data.preparation.segments.engines import learn_hashes
-from consyn_jax.data.preparation.segments.job_directory import check_shared_directory
 from consyn_jax.data.preparation.segments.many_writers import one_writer_reason
 from consyn_jax.data.preparation.store_making import Built, build
 from consyn_jax.data.sources.discovery import Corpus
@@ -126,9 +125,7 @@ def prepare(
     spec = build_spec(corpus, held_out, options, tokenizer, test_fraction, progress)
     if engine is not None:
         spec = dataclasses.replace(spec, engine=engine)
-    if (shared := spec.engine.shared_directory) is not None:
-        if output is not None:
-            check_shared_directory(shared, output, options)
+    if spec.engine.shared_directory is not None:
         learn_hashes(spec)
     key = key_of(spec, contents_of(spec))
     directory = _entry(key, options) if output is None else output

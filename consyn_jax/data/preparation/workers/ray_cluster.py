@@ -123,9 +123,9 @@ def _refusal(place: str, error: Exception) -> UserError:
     if place.endswith(" auto"):
         return UserError(f"No Ray cluster answers at {place}: {brief(error)}. {START}")
     return UserError(
-        f"Ray at {place} refused this machine: {brief(error)}. Make it a node of the cluster (ray "
-        "start --address HEAD:PORT), with the cluster's token (RAY_AUTH_MODE=token, and "
-        "RAY_AUTH_TOKEN_PATH as on the head node)."
+        f"Ray at {place} refused this machine: {brief(error)}. Give the port of ray start --head, "
+        "and make this machine a node of the cluster (ray start --address HEAD:PORT), with the "
+        "cluster's token (RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH as on the head node)."
     )
 
 

@@ -406,3 +406,18 @@ def test_without_ray(
         UserError, match=r"needs ray, which is not installed.*consyn_jax\[cluster\]"
     ):
         made(data, tmp_path / "store", EngineOptions("ray"))
+
+
+@pytest.mark.usefixtures("ray")
+@pytest.mark.parametrize("place", ["store", "store/scratch", "."])
+def test_segments_do_not_become_data_or_a_part_of_the_store(
+    capfd: pytest.CaptureFixture[str], data: Path, tmp_path: Path, place: str
+) -> None:
+    """Refused before `--overwrite` deletes anything."""
+    output = tmp_path / "store"
+    made(data, output, EngineOptions(), num_workers=0)
+    shared = ("--engine", "ray", "--shared_directory", str(tmp_path / place))
+    common = ("--data", str(tmp_path), "--output", str(output), "--tokenizer", "bytes", "--quiet")
+    assert main([*common, *shared, "--overwrite"]) == 2
+    assert "overlap, so its segments would become part of" in capfd.readouterr().err
+    assert (output / "manifest.json").exists()
