@@ -25,8 +25,13 @@ def test_a_signal_after_the_end_of_a_run_does_not_say_that_nothing_is_saved() ->
 
 def test_a_signal_before_the_end_of_a_run_stays_what_it_is() -> None:
     closed = []
-    with pytest.raises(Unsaved) as stopped, run_resources(PATH) as stack:
-        stack.callback(lambda: closed.append(True))
-        stop()
+
+    def work() -> None:
+        with run_resources(PATH) as stack:
+            stack.callback(lambda: closed.append(True))
+            stop()
+
+    with pytest.raises(Unsaved) as stopped:
+        work()
     stopped.value.settle()
     assert closed == [True]
