@@ -26,12 +26,12 @@ def test_a_signal_after_the_end_of_a_run_does_not_say_that_nothing_is_saved() ->
 def test_a_signal_before_the_end_of_a_run_stays_what_it_is() -> None:
     closed = []
 
-    def run() -> None:
+    def work() -> None:
         with run_resources(PATH) as stack:
             stack.callback(lambda: closed.append(True))
             stop()
 
     with pytest.raises(Unsaved) as stopped:
-        run()
+        work()
     stopped.value.settle()
     assert closed == [True]

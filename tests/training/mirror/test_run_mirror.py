@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -576,7 +577,7 @@ def test_the_end_of_the_wait_does_not_depend_on_the_client_s_timeouts(
     began = time.monotonic()
     running.mirror.close(is_complete=True)
     running.remote.release()  # the callback of the stack
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 30
     assert running.warned == [
         f"--remote {URL} has taken nothing for 0.3 seconds, so not all files of {directory.path} "
         "are there (newest complete checkpoint there: step 10). To upload the rest, run the same "
@@ -604,7 +605,7 @@ def test_what_a_failing_client_reads_again_does_not_prolong_the_wait(
     running = Mirrored(config, directory)
     began = time.monotonic()
     running.mirror.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert "newest complete checkpoint there: none" in running.warned[-1]
     monkeypatch.setattr(bucket, "upload", upload)
 
@@ -615,14 +616,18 @@ def test_a_slow_upload_is_waited_for_while_its_bytes_are_taken(
     config: RunConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run_mirror, "EXIT_S", 0.3)
-    upload = bucket.upload
+    """By a clock of its own: the upload takes five times as long as the run waits without progress."""
+    now, upload = [0.0], bucket.upload
+    clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr(run_mirror, "time", clock)
+    monkeypatch.setattr(run_mirror, "EXIT_S", 1.0)
     (directory.path / "loss.png").write_bytes(bytes(10 << 20))
 
     def slowly(file: Any, key: str) -> None:
         if key.endswith("loss.png"):
             while file.read(1 << 20):
-                time.sleep(0.08)
+                now[0] += 0.5
+                time.sleep(0.001)
             file.seek(0)
         upload(file, key)
 
@@ -630,6 +635,7 @@ def test_a_slow_upload_is_waited_for_while_its_bytes_are_taken(
     running = Mirrored(config, directory)
     running.mirror.close()
     assert running.warned == []
+    assert now[0] == 5
     assert len(bucket.objects[f"{TOP}loss.png"][0]) == 10 << 20
 
 
@@ -659,7 +665,7 @@ def test_a_signal_ends_the_wait(
         said = f"After a signal, the run no longer waits for --remote {URL}: {rest}"
         assert running.warned[-1].startswith(said)
     running.remote.release()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert dropped == []
 
 
@@ -673,7 +679,7 @@ def test_a_release_that_hangs_ends(
     hanging.set()
     began = time.monotonic()
     remote.release()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_decay_from_has_no_copy(tmp_path: Path) -> None:
