@@ -85,7 +85,7 @@ def _values_to_check(dimension: Dimension) -> Sequence[Any]:
 
 
 def _advice(space: Sequence[Dimension], refused: Sequence[Mapping[str, Any]]) -> str | None:
-    """What to write instead of a whole-number range, so that no refused combination is left."""
+    """Advice on what to write instead of a whole-number range to leave no refused combination."""
     best: tuple[float, str] | None = None
     for dimension in space:
         if not dimension.is_whole:
