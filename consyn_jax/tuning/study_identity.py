@@ -128,6 +128,19 @@ def mark_trial(path: Path, study: str, values: Mapping[str, Any]) -> None:
     _compare(path, values)
 
 
+def refuse_trial(path: Path) -> None:
+    """Keep other runs out of the directory of a trial, whose log the study reads.
+
+    Raises:
+        UserError: the directory is that of a trial.
+    """
+    if (path / TRIAL).exists():
+        raise UserError(
+            f"--output {path} has a trial of a study, which only consyn-tune continues. Name "
+            "another --output."
+        )
+
+
 def _check_identities(output: Path, found: Sequence[Path], study: str | None) -> None:
     others = [path for path in found if _read(path / TRIAL).get("study", "") != study]
     if others:

@@ -119,6 +119,8 @@ def refused_beside_the_study(corpus: Path, output: Path, capfd: pytest.CaptureFi
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     plain = [*TINY, "--data", str(corpus), "--output", str(output)]
     assert "contains a study of consyn-tune" in said(train.main(plain))
+    plain[-1] = str(output / "trials" / "0000")
+    assert "has a trial of a study" in said(train.main(plain))
     url = f"sqlite:///{output}.db"
     assert f"the storage given is {url}" in said(tune.main(flags(corpus, output, "--storage", url)))
     again = ["--config", str(output / "recipe.yaml"), "--search", "lr=1e-3:1e-2"]
