@@ -83,8 +83,8 @@ def is_complete(
         return False
     if not data_is_known:
         raise UserError(
-            f"The run in {path} is complete, and an iterator or random data cannot be compared with "
-            "the data of that run. Pass another output_dir, or overwrite=True."
+            f"The run in {path} is complete, and an iterator or random data cannot be compared "
+            "with the data of that run. Pass another output_dir, or overwrite=True."
         )
     return True
 
