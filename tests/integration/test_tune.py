@@ -31,6 +31,7 @@ SEARCH = [
     "warmup_steps=0:3",
 ]
 SEARCH += ["seed=1:99", "dropout=0.05:0.2", "max_grad_norm=0.5:2"]
+SEARCH += ["label_smoothing=0.01:0.2", "z_loss=0.0001:0.001"]
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -173,6 +174,28 @@ def test_a_mistake_that_only_the_data_shows_comes_before_the_first_trial(
     (output / "metrics.jsonl").write_text("")
     assert tune.main(flags(corpus, output)) == 2
     assert "contains a run of consyn-train" in capfd.readouterr().err
+
+
+def test_the_header_names_what_is_compiled_again_and_what_a_search_replaces(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(self: TrialRun) -> str:
+        self.claim.trial.set_user_attr("outcome", "done")
+        self.study.tell(self.claim, 1.0)
+        return "done"
+
+    monkeypatch.setattr(TrialRun, "run", end)
+    (tmp_path / "recipe.yaml").write_text("lr: 0.001\n")
+    given = [*TINY, "--validation_fraction", "0.2", "--data", corpus, "--output", tmp_path / "a"]
+    given += ["--config", tmp_path / "recipe.yaml", "--search", "lr=0.1,0.2", "qk_norm=true,false"]
+    assert tune.main([*map(str, given), "--trials", "9"]) == 0
+    said = capfd.readouterr().err
+    assert re.search(r"compiled +again for each value of qk_norm\n", said)
+    assert re.search(r"replaced +by --search in --config: lr\n", said)
+    assert re.search(r"trials +4, one for each point of the search space; 0 so far\n", said)
+    requests = [*map(str, given[:-6]), str(tmp_path / "b"), "--search", "lr=0.1,0.2"]
+    assert tune.main([*requests, "--eval_requests", "nofile.jsonl"]) == 2
+    assert "nofile.jsonl in --eval_requests does not exist" in capfd.readouterr().err
 
 
 def test_a_trial_that_is_refused_fails_and_the_study_goes_on(

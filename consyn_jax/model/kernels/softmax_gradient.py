@@ -55,12 +55,11 @@ def softmax_gradient(
     width = min(WIDTH, pl.next_power_of_2(V))
     whole = pl.cdiv(V, width) * width
     row, scalar = pl.BlockSpec((None, whole), lambda i: (i, 0)), pl.BlockSpec((1,), lambda i: (i,))
-    weights = {"smoothing": label_smoothing, "z_loss": z_loss}
-    arguments = {name: x for name, x in weights.items() if isinstance(x, jax.Array)}
-    constants = {name: x for name, x in weights.items() if name not in arguments}
+    given = {"smoothing": label_smoothing, "z_loss": z_loss}
+    arguments = {name: x for name, x in given.items() if isinstance(x, jax.Array)}
+    constants = {name: x for name, x in given.items() if name not in arguments}
     per_token = jax.ShapeDtypeStruct((n,), jnp.float32)
-    sizes = {"width": width, "num_logits": V, "vocab_size": vocab_size}
-    kernel = partial(_kernel, **sizes, constants=constants, arguments=tuple(arguments))
+    kernel = partial(_kernel, tuple(arguments), constants, width, V, vocab_size)
     return pl.pallas_call(
         kernel,
         grid=(n,),
@@ -77,18 +76,9 @@ def softmax_gradient(
     )
 
 
-def _kernel(
-    logits_ref,
-    label_ref,
-    weight_ref,
-    *refs,
-    width,
-    num_logits,
-    vocab_size,
-    constants,
-    arguments,
-):
-    *argument_refs, dlogits_ref, top_ref, log_z_ref, label_logit_ref, mean_ref = refs
+def _kernel(arguments, constants, width, num_logits, vocab_size, *refs):
+    logits_ref, label_ref, weight_ref, *argument_refs = refs[:-5]
+    dlogits_ref, top_ref, log_z_ref, label_logit_ref, mean_ref = refs[-5:]
     values = constants | {n: ref[0] for n, ref in zip(arguments, argument_refs, strict=True)}
     smoothing, z_loss = values["smoothing"], values["z_loss"]
     smooths = "smoothing" in arguments or bool(smoothing)

@@ -124,6 +124,14 @@ def test_what_is_suggested_passes_the_same_check(
         check(*given, *flags.split())
 
 
+def test_a_suggestion_keeps_the_shape_of_a_study(machine: pytest.MonkeyPatch, text: str) -> None:
+    words = ["--model", "haiku", "--hidden_dim", "65536", "--num_heads", "512", "--data", text]
+    config, origins, _ = read_arguments(words)
+    origins |= dict.fromkeys(("hidden_dim", "num_heads"), "search")
+    with pytest.raises(UserError, match=r"Use a smaller model, or a machine with a GPU\.$"):
+        check_machine(config, origins, ModelChoice(None), None)
+
+
 def test_the_default_model_needs_a_day_at_most_and_a_chosen_one_any_time(
     machine: pytest.MonkeyPatch, text: str
 ) -> None:

@@ -13,6 +13,7 @@ from consyn_jax.tuning.tune_options import resolve_tuning
     [
         ({"search": ["lr=1e-3,1e-2"]}, "--search and --ladder are two studies."),
         ({"ladder": "2"}, "--ladder 2 gives too few sizes to fit a curve. Use at least 3."),
+        ({"ladder": "100"}, "--ladder 100 is a number of sizes above 32, the most"),
         ({"ladder": "1e5,2e5"}, "--ladder 1e5,2e5 gives too few sizes to fit a curve."),
         ({"ladder": "big"}, "--ladder must be a number of sizes up to 32, or sizes in parameters"),
         ({"ladder": "1e5,2e5,-4e5"}, "or sizes in parameters such as 1e5,2e5,4e5"),

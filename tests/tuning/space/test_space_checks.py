@@ -102,6 +102,15 @@ def test_dimensions_that_the_weights_set_cannot_vary() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "value", [{"lr": [1e-3]}, [{"lr": [1e-3]}], "lr=1,2 beta1=0.8,0.9", ["lr=1,2", 5]], ids=str
+)
+def test_a_search_in_a_file_is_a_list_of_texts(value: Any) -> None:
+    with pytest.raises(UserError, match=r"must be a list of FLAG=VALUES. Write search: \['lr="):
+        resolve_tuning(HAIKU, {"search": value}, file_name="recipe.yaml")
+    resolve_tuning(HAIKU, {"search": ["lr=1,2", "beta1=0.8,0.9"]}, file_name="recipe.yaml")
+
+
 def test_a_flag_is_fixed_or_searched_and_a_search_replaces_a_file() -> None:
     with pytest.raises(UserError) as raised:
         resolved("lr=1e-3:1e-2", lr="1e-3")
