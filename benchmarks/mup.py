@@ -168,7 +168,8 @@ def measure(
         rows += coordinate_check(data, widths if tiny else (*widths, 1024), 10)
     for part in filter(by_size.__contains__, parts):
         rows += best_rates(data, f"rate by {part}", by_size[part], rates, steps, kinds)
-    return {"steps": steps, "seeds": SEEDS, "base": BASE, "rows": rows}
+    run = {"steps": steps, "batch_size": COMMON["batch_size"], "seeds": SEEDS, "base": BASE}
+    return run | {"rows": rows}
 
 
 def main() -> None:
@@ -182,7 +183,9 @@ def main() -> None:
         "--powers", nargs="+", type=float, default=range(10, 4, -1), help="rates are 2^-POWER"
     )
     parser.add_argument("--steps", type=int, default=150, help="of each run")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences of 64 bytes in a step")
     a = parser.parse_args()
+    COMMON["batch_size"] = a.batch_size
     harness.report(measure(a.data, a.parts, a.kinds, a.powers, a.steps, a.tiny), a.out)
 
 
