@@ -239,6 +239,7 @@ def test_auto_doubles_the_lanes_while_it_pays() -> None:
     assert [lanes for lanes in seconds if pays(seconds, lanes)] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_auto_measures_as_many_lanes_as_there_is_work_for(tmp_path: Path) -> None:
     trial = trainer(tmp_path, SharedPrograms(), None, **TRIALS[0])
     seconds = step_seconds(trial, most=3)

@@ -68,7 +68,11 @@ def texts(made: Engine, requests: list[Request], steps: int = 64) -> list[list[i
 
 @pytest.mark.parametrize(
     ("config", "sampling"),
-    [(CONFIG, DRAWN), (MIXED, Sampling()), (LONGROPE, DRAWN)],
+    [
+        (CONFIG, DRAWN),
+        (MIXED, Sampling()),
+        pytest.param(LONGROPE, DRAWN, marks=pytest.mark.slow),
+    ],
     ids=["plain-drawn", "mixed-greedy", "longrope-drawn"],
 )
 def test_each_text_is_as_it_is_alone(config: ModelConfig, sampling: Sampling) -> None:
