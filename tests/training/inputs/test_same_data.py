@@ -228,6 +228,8 @@ def test_initial_weights_belong_to_a_run(tmp_path: Path) -> None:
         return ConsynTrainer(model(0), iter(BATCHES), output_dir=tmp_path / output, **settings)
 
     generated("iterator").train()
-    said = r"is complete, and an iterator or random data cannot be compared with the data of that run"
+    said = (
+        r"is complete, and an iterator or random data cannot be compared with the data of that run"
+    )
     with pytest.raises(UserError, match=said):
         generated("iterator").train()
