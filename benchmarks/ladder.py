@@ -47,11 +47,16 @@ def run(directory: Path, data: Path, validation: Path, sizes: Sequence[float], r
 
 
 def measure(
-    data: Path, validation: Path, directory: Path, ratio: float = 20.0, tiny: bool = False
+    data: Path,
+    validation: Path,
+    directory: Path,
+    ratio: float = 20.0,
+    sizes: Sequence[float] = SIZES,
+    tiny: bool = False,
 ) -> dict[str, Any]:
     """Fit four sizes, predict the fifth, train it, and compare."""
     began = time.perf_counter()
-    sizes = SIZES[1:] if tiny else SIZES
+    sizes = sizes[1:] if tiny else sizes
     directory.mkdir(parents=True, exist_ok=True)
     held_out = directory / "validation.txt"
     held_out.write_bytes(validation.read_bytes()[: EVALUATED // (20 if tiny else 1)])
@@ -93,11 +98,15 @@ def main() -> None:
     parser.add_argument("--validation", type=Path, required=True, help="another one")
     parser.add_argument("--output", type=Path, help="directory for the runs (a temporary one)")
     parser.add_argument("--tokens_per_parameter", type=float, default=20.0)
+    parser.add_argument(
+        "--sizes", type=float, nargs="+", default=SIZES, help="the last is predicted"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.output or Path(temporary)
         ratio = 2.0 if options.tiny else options.tokens_per_parameter
-        found = measure(options.data, options.validation, directory, ratio, options.tiny)
+        texts = options.data, options.validation
+        found = measure(*texts, directory, ratio, options.sizes, options.tiny)
     harness.report(found, options.out)
     print(f"The fifth size's loss within {LIMIT:.0%}: {found['holds']}.")
 
