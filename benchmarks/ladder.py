@@ -104,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.output or Path(temporary)
-        ratio = 2.0 if options.tiny else options.tokens_per_parameter
+        ratio = 4.0 if options.tiny else options.tokens_per_parameter
         texts = options.data, options.validation
         found = measure(*texts, directory, ratio, options.sizes, options.tiny)
     harness.report(found, options.out)
