@@ -338,8 +338,12 @@ def _check_definition(study: Any, definition: Definition, output: Path) -> None:
     if not isinstance(old, Mapping):
         study.set_user_attr(DEFINITION, definition)
         return
+
+    def written(values: Mapping[str, Any], name: str) -> str:
+        return "left out" if values.get(name) is None else str(values[name])
+
     changes = [
-        f"{name} was {old.get(name)} and is {definition.get(name)}"
+        f"{name} was {written(old, name)} and is {written(definition, name)}"
         for name in {**old, **definition}
         if old.get(name) != definition.get(name)
     ]

@@ -103,7 +103,7 @@ def _flag(item: str, given: str) -> Flag:
     if flag.group == "data":
         reason = "the data is prepared once, for all trials"
     elif flag.group not in _GROUPS or flag.many:
-        reason = "it does not change the training result"
+        reason = "a study searches only flags of the model, the batch and the optimizer"
     if reason is not None:
         raise UserError(f"--search {item}: --{name} cannot vary, because {reason}. Leave it out.")
     return flag
