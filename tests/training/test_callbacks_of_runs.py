@@ -129,6 +129,7 @@ def test_a_callback_ends_a_run_which_is_then_complete(
     assert (other.lines, other.endings) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_ended_goes_on_with_a_larger_budget_as_one_run(tmp_path: Path) -> None:
     path = tmp_path / "run"
     settings = {"scheduler": "constant"}

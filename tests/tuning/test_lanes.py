@@ -254,6 +254,7 @@ def test_auto_measures_nothing_if_no_two_trials_are_left(ended: int) -> None:
     assert [Tuning._num_lanes(study, asked) for asked in ("auto", "8")] == [1, 1]
 
 
+@pytest.mark.slow
 def test_too_many_lanes_for_the_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

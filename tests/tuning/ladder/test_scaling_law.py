@@ -50,6 +50,7 @@ def test_one_bad_run_does_not_bend_the_law() -> None:
     assert found.loss(1e9, 2e10) == pytest.approx(CHINCHILLA.loss(1e9, 2e10), rel=0.01)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_and_grow_with_noise_and_distance() -> None:
     def width(noise: float, size: float, seed: int) -> tuple[float, bool]:
         laws = bootstrap(losses(CHINCHILLA, noise, seed), draws=25)
