@@ -81,7 +81,15 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The same for single tests, by their mark `torch`."""
+    """The same for single tests, by their mark `torch`.
+
+    A test of a file that imports a package of the extra `dev` must be slow, or `.ci/run` would
+    never run it: it installs that extra only for the slow tests.
+    """
+    paths = {item.path for item in items}
+    others = {path for path in paths if path.suffix == ".py" and OTHERS.search(path.read_text())}
+    if missed := [i for i in items if i.path in others and not i.get_closest_marker("slow")]:
+        raise pytest.UsageError(f"{missed[0].nodeid} imports a package of `dev`; mark it as slow.")
     if HAS_TORCH:
         return
     left_out = [item for item in items if item.get_closest_marker("torch")]

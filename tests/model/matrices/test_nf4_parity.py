@@ -4,9 +4,12 @@ import bitsandbytes.functional
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from consyn_jax.model.matrices.quantised_matrix import normal_floats
+
+pytestmark = pytest.mark.slow
 
 
 def test_codes_and_factors_are_those_of_bitsandbytes() -> None:

@@ -21,7 +21,7 @@ from consyn_jax.model.pretrained.weights import save_parameters
 from consyn_jax.model_config import LoraOptions
 from consyn_jax.training import ConsynTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def peft_model(base: Path, adapter: Path, **how: Any) -> PeftModel:
