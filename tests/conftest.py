@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from compared_packages import COMPARED_WITH, OTHERS
 from hypothesis import settings
 
 # Compiled in 0.6 of the time: XLA's older code generator for the CPU, in one piece a program.
@@ -54,8 +55,6 @@ DATA = Path(os.environ.get("CONSYN_TEST_DATA", Path(__file__).parents[2] / "shar
 # `nohup pytest &` hands on an ignored SIGINT, which processes that tests start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-COMPARED_WITH = re.compile(r"^(?:import|from) (?:torch|transformers)\b", re.MULTILINE)
-OTHERS = re.compile(r"^(?:import|from) (peft|bitsandbytes)\b", re.MULTILINE)
 INSTALLED = {name for name in ("peft", "bitsandbytes") if importlib.util.find_spec(name)}
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
@@ -81,15 +80,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The same for single tests, by their mark `torch`.
-
-    A test of a file that imports a package of the extra `dev` must be slow, or `.ci/run` would
-    never run it: it installs that extra only for the slow tests.
-    """
-    paths = {item.path for item in items}
-    others = {path for path in paths if path.suffix == ".py" and OTHERS.search(path.read_text())}
-    if missed := [i for i in items if i.path in others and not i.get_closest_marker("slow")]:
-        raise pytest.UsageError(f"{missed[0].nodeid} imports a package of `dev`; mark it as slow.")
+    """The same for single tests, by their mark `torch`."""
     if HAS_TORCH:
         return
     left_out = [item for item in items if item.get_closest_marker("torch")]

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from compared_packages import OTHERS
 
 PACKAGE = Path(__file__).parents[1] / "consyn_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -55,6 +56,15 @@ def test_texts_are_written_in_utf_8_in_every_locale(module: Path) -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".write_text")
     ]
     assert [call for call in writes if call.get("encoding") != "'utf-8'"] == []
+
+
+def test_files_that_import_packages_of_dev_have_only_slow_tests() -> None:
+    """CI would never run the others."""
+    texts = {path.name: path.read_text() for path in Path(__file__).parent.rglob("test_*.py")}
+    files = {name: text for name, text in texts.items() if OTHERS.search(text)}
+    slow = re.compile(r"^pytestmark = .*mark\.slow", re.MULTILINE)
+    assert files
+    assert [name for name, text in files.items() if not slow.search(text)] == []
 
 
 def test_every_room_is_in_the_tree_of_the_structure_page() -> None:
