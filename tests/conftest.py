@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
