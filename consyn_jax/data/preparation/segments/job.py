@@ -194,9 +194,8 @@ class Job:
         """Yield a draft for the files of a task; at the end, rename it to the task's directory."""
         place = self.place(phase, number)
         if not place.parent.is_dir():
-            place.parent.mkdir(
-                exist_ok=True
-            )  # without parents: a later command may have renamed them
+            # Without parents, because a later command may have renamed them.
+            place.parent.mkdir(exist_ok=True)
             flush(self.results)
         draft = Draft(aside(place))
         draft.path.mkdir()
