@@ -30,7 +30,8 @@ class Server:
         self._answer, self._listener = answer, socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
         while True:
@@ -48,6 +49,7 @@ class Server:
     def close(self) -> None:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # ends `accept`
+        self._thread.join()  # it may just have accepted a connection
         for each in (self._listener, *self._open):
             each.close()
 
