@@ -54,7 +54,7 @@ examples:
   consyn-train --data tokens
 
 Defaults are in brackets. If a flag is given twice, the last one counts.
-If the command is stopped, run it again to continue.
+If the command is stopped, run it again without --overwrite to continue.
 Exit codes: 0 done, 2 wrong input, 75 interrupted."""
 
 
