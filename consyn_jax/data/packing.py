@@ -99,7 +99,7 @@ class PackedSequences(ABC):
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
         """Mark the labels that are never predicted at the beginning of a document.
 
-        If the tokenizer has BOS, only BOS itself is never predicted there; otherwise, no label is.
+        Without BOS, these are all labels; with BOS, only labels that are BOS.
         """
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
