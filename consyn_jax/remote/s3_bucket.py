@@ -110,9 +110,14 @@ class S3Bucket:
     def upload(self, file: BufferedIOBase, key: str, sent: Sent = lambda total: None) -> None:
         """Upload an object from an open file; `sent` is called for every 256 KiB."""
         transfers = TransferManager(self._client, _TRANSFER, executor_cls=DaemonThreads)
-        told = [_Progress(sent)]
-        with _told(), transfers:
-            transfers.upload(file, self._bucket, key, subscribers=told).result()
+        progress = _Progress(sent)
+        with _told():
+            try:
+                with transfers:
+                    transfers.upload(file, self._bucket, key, subscribers=[progress]).result()
+            finally:
+                if progress.error is not None:
+                    raise progress.error
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
         """Write a small object if its current version is `expected`."""
@@ -144,17 +149,27 @@ class S3Bucket:
 
 
 class _Progress(BaseSubscriber):
-    """Adds up the bytes that the threads of an upload send; those of a retried part count once."""
+    """Adds up the bytes that the threads of an upload send; those of a retried part count once.
+
+    Attributes:
+        error: the exception of `sent`; it ends the upload. None if there was none.
+    """
 
     def __init__(self, sent: Sent) -> None:
+        self.error: Exception | None = None
         self._sent, self._total, self._guard = sent, 0, threading.Lock()
 
     def on_progress(self, future: Any, bytes_transferred: int, **more: Any) -> None:
-        """Count bytes; the number is negative when a part is taken back, to be sent again."""
+        """Count bytes."""
         with self._guard:
             self._total += bytes_transferred
             total = self._total
-        self._sent(total)
+        try:
+            self._sent(total)
+        except Exception as error:
+            self.error = error
+            future.cancel()  # otherwise botocore would send the part again, as after other errors
+            raise
 
 
 def _answer(error: botocore.exceptions.ClientError) -> tuple[int | None, str, str]:
