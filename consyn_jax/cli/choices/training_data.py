@@ -332,8 +332,8 @@ def noticed(
     texts = unread_structure(sources, options, end_text)
     if options.document_separator is not None and report is not None:
         counts = zip(sources, report.sources, strict=False)  # a damaged report has none
-        names = [s.name for s, n in counts if s.kind == "text" and n["documents"] == 1]
-        texts += [unused_separator(names, separator(options).decode())] if names else []
+        single = [s for s, n in counts if s.kind == "text" and n["documents"] == 1]
+        texts += [unused_separator(single, separator(options).decode())] if single else []
     return [("noticed", text) for text in texts]
 
 

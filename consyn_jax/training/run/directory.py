@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from consyn_jax.config import RunConfig
+from consyn_jax.config import RunConfig, SavingOptions
 from consyn_jax.config_file import DERIVED, describe
 from consyn_jax.errors import CONTINUES, UserError, remedy
 from consyn_jax.files import irregular, remove, write_whole
@@ -77,6 +77,17 @@ def run_path(config: RunConfig) -> Path:
     """The run directory: --output, or with --decay_from a directory next to --output."""
     output, step = Path(config.saving.output), config.optimizer.decay_from
     return output if step is None else output.with_name(f"{output.name}-decay-{step}")
+
+
+def same_command(options: SavingOptions) -> str:
+    """Describe the command that continues the run.
+
+    It is the same command, but without --overwrite, which would delete the saved state, and with
+    --resume auto instead of --resume STEP, which would go back to that step.
+    """
+    if options.overwrite:
+        return "the same command without --overwrite"
+    return "the same command" if options.resume == "auto" else "the same command with --resume auto"
 
 
 def found_study(path: Path) -> str | None:
