@@ -21,7 +21,7 @@ REPEAT_S = 2.0
 TOO_LONG = f"a number of more than {sys.get_int_max_str_digits():,} digits"  # for Python
 # End of a message about a stopped run, for cases in which there may be no checkpoint.
 CONTINUES = "continues from the last checkpoint, or from the beginning if there is none"
-# In messages of consyn-prepare, which adds "without --overwrite" if that flag was given.
+# Commands add "without --overwrite" if that flag was given (cli/exit_codes.py).
 AGAIN = "run the same command again"
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.row_notes import row_notes
 from consyn_jax.cli.choices.training_data import by_name, left_out_files, noticed
-from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
 from consyn_jax.cli.progress_bar import Bar
 from consyn_jax.cli.text_encoding import start_in_utf8
-from consyn_jax.errors import AGAIN, Interrupted, UserError, counted, listed
+from consyn_jax.errors import Interrupted, UserError, counted, listed
 from consyn_jax.prepare_config import CorpusOptions, PrepareConfig
 from consyn_jax.resolve import resolve_preparation
 
@@ -139,14 +139,10 @@ def make(config: PrepareConfig) -> None:
 def _saying_how_to_continue(config: PrepareConfig, output: Path) -> Iterator[None]:
     """Turn an interruption into an error, and add to messages that `--overwrite` deletes work."""
     try:
-        yield
+        with keeping_what_is_saved(config.store.overwrite):
+            yield
     except KeyboardInterrupt as stopped:
         raise Interrupted(_interruption(config, output)) from stopped
-    except UserError as error:
-        if not config.store.overwrite:
-            raise
-        kept = str(error).replace(AGAIN, f"{AGAIN} without --overwrite")
-        raise UserError(kept) from error
 
 
 def _interruption(config: PrepareConfig, output: Path) -> str:

@@ -13,7 +13,7 @@ from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.backend_choice import check_backends
 from consyn_jax.cli.choices.model_choice import check_start, choose_model
 from consyn_jax.cli.choices.prepared_run import prepared_run
-from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
 from consyn_jax.cli.proof.questions import asked
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
@@ -179,7 +179,8 @@ def train(
 
         trainer = ConsynTrainer(**prepared.trainer_inputs(prepared.settings))
         trainer.began = began
-        action(trainer)
+        with keeping_what_is_saved(config.saving.overwrite and writes):
+            action(trainer)
 
 
 def _check_directory(config: RunConfig) -> None:

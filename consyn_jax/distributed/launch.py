@@ -185,7 +185,7 @@ def refuse_differences(processes: Sequence[dict[str, str]]) -> None:
         more = f" and {len(found) - 5} more" if found[5:] else ""
         raise UserError(
             f"The processes of this run differ in {'; '.join(found[:5])}{more}. Start all with "
-            f"the same command, packages and kind of machine."
+            f"one command, the same packages and one kind of machine."
         )
 
 

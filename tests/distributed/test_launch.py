@@ -174,7 +174,7 @@ def test_differences_are_named_with_their_processes() -> None:
     assert str(refused.value) == (
         "The processes of this run differ in --lr: 0.001 in processes 0, 2, 3, 0.002 in process 1; "
         "jax: 0.10.2 in processes 0 to 2, 0.9.1 in process 3. "
-        "Start all with the same command, packages and kind of machine."
+        "Start all with one command, the same packages and one kind of machine."
     )
     words = r"--a: 1 in process 0, missing in process 1;.* and 2 more\. Start"
     with pytest.raises(UserError, match=words):

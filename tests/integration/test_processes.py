@@ -281,7 +281,7 @@ def test_a_wrong_launch_ends_each_process_with_one_sentence(
     assert set(refused(*flags)) == {
         "consyn-train: The processes of this run differ in --lr: "
         "0.1 in process 0, 0.2 in process 1. "
-        "Start all with the same command, packages and kind of machine.\n"
+        "Start all with one command, the same packages and one kind of machine.\n"
     }
     assert all(
         "The processes of this run differ in the training data: " in said
