@@ -160,7 +160,7 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
     All input is checked first, so that wrong input does not lead to the deletion of the old store.
 
     Returns:
-        Directories of its segments that cannot be deleted.
+        Directories with segments of the store that cannot be deleted.
 
     Raises:
         UserError: the input cannot be used or is in `path`, or `path` holds other files.

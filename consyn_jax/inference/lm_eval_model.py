@@ -121,7 +121,7 @@ class HarnessModel:
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether greedy decoding gives it."""
+        """Return each continuation's log-likelihood, and whether greedy decoding generates it."""
         context, wanted, cut = self._source.config.context, list[Wanted](), 0
         for request in requests:
             before, after = self._pair(*request.args)

@@ -39,7 +39,7 @@ def new_scales(like: tuple[Any, ...]) -> tuple[Float[Array, "L arrays"], ...]:
     """Create the `scales` of a state that has made no step in fp8.
 
     Args:
-        like: Shape and sharding of each; empty without fp8.
+        like: Shape and sharding of each array; empty without fp8.
     """
     return tuple(
         jax.jit(first_scales, static_argnums=0, out_shardings=leaf.sharding)(leaf.shape[0])

@@ -248,7 +248,7 @@ class RawTokens:
 
     Args:
         paths: files in order. The name of a file decides its split (`data.split.split_of_name`; by
-            default "train"). If `validation` is given, all of them are in "train".
+            default "train"). If `validation` is given, all files in `paths` are in "train".
         tokenizer: the tokenizer that made the ids. If it has more than 65,536 tokens, files of
             nanoGPT are read as uint32.
         validation: files for the split "validation".
