@@ -98,11 +98,13 @@ def validate_preparation(config: PrepareConfig) -> None:
     for name in ("ray_address", "shared_directory"):
         value = getattr(config.workers, name)
         if engine != "ray" and value is not None:
-            raise UserError(f"--{name} {value} needs --engine ray. Add it, or leave --{name} out.")
+            raise UserError(
+                f"--{name} {value} needs --engine ray. Add --engine ray, or leave --{name} out."
+            )
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
             "--num_workers 0 leaves no tasks to --engine ray. Give the number of tasks at a time, "
-            "or leave it out for one on each processor of the cluster."
+            "or leave --num_workers out for one task per processor of the cluster."
         )
     held_out = 0.0 if config.data.validation else config.data.validation_fraction
     test = config.store.test_fraction
@@ -111,7 +113,7 @@ def validate_preparation(config: PrepareConfig) -> None:
     if held_out + test >= 1:
         raise UserError(
             f"--validation_fraction {held_out} and --test_fraction {test} leave nothing to train "
-            "on. Lower one of them."
+            "on. Lower one of the two fractions."
         )
 
 
@@ -141,7 +143,8 @@ def validate_corpus(options: CorpusOptions) -> None:
         )
     if options.document_separator == "":
         raise UserError(
-            "--document_separator is empty. Give the text between two documents, or leave it out."
+            "--document_separator is empty. Give the text between two documents, or leave the flag "
+            "out."
         )
     kind, _, size = (options.tokenizer or "").partition(":")
     if kind == "train" and not 260 <= (natural(size) or 0) <= 1_000_000:
@@ -261,7 +264,7 @@ def _check_mixture(config: RunConfig) -> None:
     if len(data.data_weights) != len(data.data):
         raise UserError(
             f"--data_weights has {len(data.data_weights)} values for {len(data.data)} items of "
-            "--data. Give one for each."
+            "--data. Give one value for each item."
         )
     if min(data.data_weights) <= 0:
         raise UserError(

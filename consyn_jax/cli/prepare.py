@@ -186,8 +186,8 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
     strangers = [entry.name for entry in entries if not STORE_FILE.fullmatch(entry.name)]
     if strangers:
         raise UserError(
-            f"--overwrite would delete {listed(strangers)} in --output {path}, which does not "
-            "belong to a token store. Move it elsewhere."
+            f"--output {path} contains {listed(strangers)}, which is not part of a token store. "
+            "Move it elsewhere, because --overwrite would delete it."
         )
     _check_unused(path)
     try:

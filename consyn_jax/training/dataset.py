@@ -324,7 +324,8 @@ def _warn_of_omissions(prepared: Prepared, packed: PackedSequences) -> None:
     bad = prepared.report.dropped.get("bad row", 0)
     if bad:
         warnings.warn(
-            f"{bad} bad rows were left out, the first: {prepared.report.examples['bad row'][0]}",
+            f"{bad} bad rows were left out. The first one: "
+            f"{prepared.report.examples['bad row'][0]}",
             stacklevel=3,
         )
     if isinstance(packed, WholeDocuments | PairDataset) and packed.lost_tokens:

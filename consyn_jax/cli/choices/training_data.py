@@ -58,8 +58,8 @@ def check_data(data: DataOptions) -> bool:
     for item in data.data:
         if data.data_weights and data.data.count(item) > 1:
             raise UserError(
-                f"--data names {item} twice, but a mixture has one weight for each item. Give "
-                "it once."
+                f"--data names {item} twice, but a mixture has one weight for each item. Give each "
+                "item once."
             )
     corpora = [
         find_sources(part, data.dataset_type, invalid_utf8=data.invalid_utf8)

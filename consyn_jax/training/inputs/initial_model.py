@@ -60,8 +60,8 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
         )
     if not isinstance(tokenizer, BPETokenizer | None):
         raise UserError(
-            f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Leave it out for the "
-            "model's own, or pass BPETokenizer.from_file(DIR)."
+            f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Leave tokenizer out "
+            "to use the model's own, or pass BPETokenizer.from_file(DIR)."
         )
     return model
 

@@ -240,7 +240,7 @@ def check_methods(callback: Any, name: str) -> None:
             f"methods of a callback are {', '.join(METHODS)}."
         )
     if not found:
-        raise UserError(f"{name} has none of the methods {', '.join(METHODS)}. Add one.")
+        raise UserError(f"{name} has none of the methods {', '.join(METHODS)}. Add one of them.")
     for method in found:
         called = getattr(callback, method)
         takes_self = isinstance(callback, type) and inspect.isfunction(called)
