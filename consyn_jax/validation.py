@@ -70,8 +70,8 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)}: none turns off all trackers. Leave none out, "
-            "or leave the other values out."
+            f"--logging_backend {' '.join(backends)}: 'none' turns off all trackers. Leave out "
+            "'none', or the other values."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -205,7 +205,8 @@ def _check_optimizer(config: RunConfig) -> None:
             )
         if options.beta1 == 0:
             raise UserError(
-                f"--beta1 0 turns off the averaging of --optimizer {options.optimizer}. Use 0.9."
+                f"--beta1 0 turns off the averaging of --optimizer {options.optimizer}. Give "
+                "--beta1 0.9, for example."
             )
 
 

@@ -48,8 +48,8 @@ def test_a_second_process_is_refused_and_the_holder_is_named(
     since = json.loads(read_holder(tmp_path))["since"]
     who = f"pid {other.pid} on {socket.gethostname()}, since {since}"
     words = (
-        f"--output {tmp_path} is in use by another process: {who}. Wait for that process, or name another "
-        "directory."
+        f"--output {tmp_path} is in use by another process: {who}. Wait for that process, or name "
+        "another directory."
     )
     for attempt in (RunLock, check_free):
         with pytest.raises(UserError) as refused:
