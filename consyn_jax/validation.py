@@ -52,7 +52,8 @@ def validate(config: RunConfig) -> None:
     config.lora.check()
     if config.lora.is_used and config.hardware.mixed_precision == "fp8":
         raise UserError(
-            "--mixed_precision fp8 is for training all weights, not for --lora_rank. Use auto."
+            "--mixed_precision fp8 is for training all weights, not for --lora_rank. Use "
+            "--mixed_precision auto."
         )
     if config.model.model in PRESETS:
         architecture(config.model, vocab_size=1)
@@ -219,7 +220,8 @@ def _check_decay_from(config: RunConfig) -> None:
         )
     if options.decay_ratio == 1:
         raise UserError(
-            "--decay_ratio 1 leaves no steps before the decay that --decay_from starts. Use 0.2."
+            "--decay_ratio 1 leaves no steps before the decay that --decay_from starts. Give "
+            "--decay_ratio 0.2, for example."
         )
     if natural(resume) is not None:
         raise UserError(

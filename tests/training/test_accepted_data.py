@@ -331,7 +331,7 @@ def test_a_growing_corpus_has_an_order_and_no_length() -> None:
     assert list(held_out.evaluation(4, ALL)) == []
     with pytest.raises(UserError, match=r"Pass consyn_jax\.data\.streaming\.FirstWindows\("):
         source.evaluation(4, ALL)
-    with pytest.raises(UserError, match="is a FirstWindows, which is for evaluation"):
+    with pytest.raises(UserError, match=r"is the validation data of a corpus \(FirstWindows\)"):
         held_out.training(0, 4, 1, ALL)
     held_out.close()
     assert not corpus.closed

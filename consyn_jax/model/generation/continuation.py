@@ -121,7 +121,7 @@ def _check_call(prompts: Any, max_new_tokens: Any, sampling: Mapping[str, Any]) 
         )
     found: Any = prompts if hasattr(prompts, "ndim") else list(prompts)
     if not len(found):
-        raise UserError("There are no prompts. Pass at least one.")
+        raise UserError("There are no prompts. Pass at least one prompt.")
     return found
 
 

@@ -79,7 +79,7 @@ class Rows(Sequence[Mapping[str, Any]]):
             seen |= set(map(str, row))
         self.unused = sorted(seen - {*USED, *HARMLESS})
         if self.empty == count:
-            raise UserError(f"All rows of {name} are empty. Give at least one with tokens.")
+            raise UserError(f"All rows of {name} are empty. Give at least one row with tokens.")
 
     def __len__(self) -> int:
         if isinstance(self._rows, Mapping):

@@ -114,7 +114,9 @@ def pack_token_lists(
         for i, ids in enumerate(data)
     ]
     if not any(map(len, documents)):
-        raise UserError(f"All documents of {name} are empty. Give at least one with tokens.")
+        raise UserError(
+            f"All documents of {name} are empty. Give at least one document with tokens."
+        )
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         digest.update(document.tobytes() + b"|")
