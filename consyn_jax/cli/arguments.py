@@ -133,7 +133,7 @@ def build_parser(
     common: Sequence[str] = (),
     refused: Collection[str] = (),
 ) -> _Parser:
-    """Make a parser for the flags of `tree`. It returns only flags that the user gave, as strings.
+    """Make a parser that returns the flags of `tree` that the user gave, as strings.
 
     Args:
         common: the flags that `--help` lists; `--help all` lists every flag. If empty, `--help`

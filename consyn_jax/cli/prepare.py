@@ -145,7 +145,7 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
 
 
 def _check_outside(used: Iterable[tuple[str, str]], path: Path) -> None:
-    """Raise UserError if a path that the command reads, given with its flag, is in the output."""
+    """Raise UserError if one of `used`, the (flag, path) pairs of all input, is in the output."""
     for name, value in used:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(

@@ -20,7 +20,7 @@ class IndexedBatches(BatchSource):
     Args:
         order: Order of the training sequences; None for data that is used only for evaluation.
         dataset: Sequences of an epoch or of an evaluation; None if they are not known yet.
-        close: Function that `close` calls.
+        close: Function that the method `close` calls.
     """
 
     def __init__(

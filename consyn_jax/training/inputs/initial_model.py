@@ -123,7 +123,7 @@ def give_parameters(
 
 
 def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
-    """Return the base model that adapter_config.json names for the adapter of a run.
+    """Return the base model to name in adapter_config.json, for the adapter of a run.
 
     A base in memory has no hash, because its weights may have changed since it was loaded.
     """

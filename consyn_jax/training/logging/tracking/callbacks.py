@@ -76,11 +76,11 @@ class RunView:
         config: every setting by flag name.
         total_steps: number of steps of the whole run.
         resumed_from: the step from which this start resumed; None for a new run.
-        histograms: with `--histograms`, the histograms of the newest evaluation, by name
-            (`weights/q/0`). Each has `counts`, `edges`, `total` and `squares`. Otherwise empty.
+        histograms: the histograms of the newest evaluation, by name (`weights/q/0`); empty without
+            `--histograms`. Each has `counts`, `edges`, `total` and `squares`.
         samples: the texts generated so far, as `{"step", "tokens", "text"}`.
-        stop_request: the first request of a callback to end the run: the callback's name (`by`) and
-            its `reason`. Empty without a request.
+        stop_request: the first request of a callback to end the run, as `{"by", "reason"}`, where
+            `by` is the callback's name; empty without a request.
     """
 
     def __init__(
