@@ -99,9 +99,7 @@ def validate_preparation(config: PrepareConfig) -> None:
     for name in ("ray_address", "shared_directory"):
         value = getattr(config.workers, name)
         if engine != "ray" and value is not None:
-            raise UserError(
-                f"--{name} {value} needs --engine ray. Add --engine ray, or leave --{name} out."
-            )
+            raise UserError(f"--{name} {value} needs --engine ray. Add it, or leave --{name} out.")
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
             "--num_workers 0 leaves no tasks to --engine ray. Give the number of tasks at a time, "
@@ -144,8 +142,7 @@ def validate_corpus(options: CorpusOptions) -> None:
         )
     if options.document_separator == "":
         raise UserError(
-            "--document_separator is empty. Give the text between two documents, or leave the flag "
-            "out."
+            "--document_separator is empty. Give the text between documents, or leave the flag out."
         )
     kind, _, size = (options.tokenizer or "").partition(":")
     if kind == "train" and not 260 <= (natural(size) or 0) <= 1_000_000:
@@ -220,8 +217,7 @@ def _check_decay_from(config: RunConfig) -> None:
         )
     if options.decay_ratio == 1:
         raise UserError(
-            "--decay_ratio 1 leaves no steps before the decay that --decay_from starts. Give "
-            "--decay_ratio 0.2, for example."
+            "--decay_ratio 1 leaves no steps before the decay of --decay_from. Use a smaller ratio."
         )
     if natural(resume) is not None:
         raise UserError(
