@@ -52,8 +52,7 @@ def validate(config: RunConfig) -> None:
     config.lora.check()
     if config.lora.is_used and config.hardware.mixed_precision == "fp8":
         raise UserError(
-            "--mixed_precision fp8 is for training all weights, not for --lora_rank. Use "
-            "--mixed_precision auto."
+            "--mixed_precision fp8 is for training all weights, not for --lora_rank. Use auto."
         )
     if config.model.model in PRESETS:
         architecture(config.model, vocab_size=1)
@@ -203,8 +202,7 @@ def _check_optimizer(config: RunConfig) -> None:
             )
         if options.beta1 == 0:
             raise UserError(
-                f"--beta1 0 turns off the averaging of --optimizer {options.optimizer}. Give "
-                "--beta1 0.9, for example."
+                f"--beta1 0 turns off the averaging of {options.optimizer}. Use --beta1 0.9."
             )
 
 

@@ -17,11 +17,11 @@ BEAT_S = 5.0
 
 @contextmanager
 def heartbeat() -> Iterator[None]:
-    """Touch the file that the environment variable `CONSYN_HEARTBEAT` names, every 5 seconds.
+    """Touch the file named by the environment variable `CONSYN_HEARTBEAT`, from a thread.
 
-    A thread touches the file. The file stays untouched if the process is frozen or its interpreter
-    is blocked. It is still touched if the run makes no progress; the watchdog ends such a run. The
-    name is not a flag, because it belongs to the container and not to the run.
+    The thread touches the file every 5 seconds. The file stays untouched if the process is frozen
+    or its interpreter is blocked. It is still touched if the run makes no progress; the watchdog
+    ends such a run. The name is not a flag, because it belongs to the container and not to the run.
 
     Raises:
         UserError: the file cannot be written at the start.

@@ -112,9 +112,7 @@ def validate_generation(config: GenerateConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
     if "" in config.sampling.stop:
-        raise UserError(
-            "--stop has an empty text, which would end no text. Leave the empty text out."
-        )
+        raise UserError("--stop has an empty text, which ends nothing. Leave that text out.")
     has_prompts = bool(prompts.prompt) or prompts.file is not None
     if has_prompts == prompts.interactive:
         raise UserError(
