@@ -154,7 +154,7 @@ def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
 def brief(error: BaseException) -> str:
     """The first sentence of another library's message, on one line, without its full stop.
 
-    The rest is cut, so that our message that quotes it has at most two sentences.
+    Our message quotes only this sentence, so that the message has at most two sentences.
 
     >>> brief(ValueError("No footer. Either the file is damaged or it is something else."))
     'No footer'
@@ -228,7 +228,7 @@ def parse_fault(error: Exception, language: str = "JSON") -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """End a sentence about an unknown `word`: suggest the closest known word, or just end it.
+    """The end of a sentence about an unknown `word`: the closest known word, or only a full stop.
 
     >>> nearest("cosin", ["linear", "cosine"]), nearest("exponential", ["linear", "cosine"])
     ('; did you mean cosine?', '.')

@@ -153,7 +153,7 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
 
 
 def _check_outside(used: Iterable[tuple[str, str]], path: Path) -> None:
-    """Raise UserError if a path that the command reads, given with its flag, is in the output."""
+    """Raise UserError if one of `used`, the (flag, path) pairs of all input, is in the output."""
     for name, value in used:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(
@@ -194,8 +194,8 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[str]:
     strangers = [entry.name for entry in entries if not STORE_FILE.fullmatch(entry.name)]
     if strangers:
         raise UserError(
-            f"--overwrite would delete {listed(strangers)} in --output {path}, which does not "
-            "belong to a token store. Move it elsewhere."
+            f"--output {path} contains {listed(strangers)}, which is not part of a token store. "
+            "Move it elsewhere, because --overwrite would delete it."
         )
     return _delete_locked(path, data) if entries else []
 

@@ -106,7 +106,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]
 
 
 def _answer(question: str, config: RunConfig, origins: dict[str, str]) -> None:
-    """Inspect a run, as the flag `question` says, without changing its directory."""
+    """Run the inspection that the flag `question` names, without changing the run's directory."""
     if question == "verify":
         from consyn_jax.cli.proof.verify_record import verify
 

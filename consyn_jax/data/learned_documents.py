@@ -173,7 +173,8 @@ class DocumentFinder:
         sources = self._sources(directory)
         if source >= len(sources):
             raise UserError(
-                f"{directory} is damaged: a document comes from source {source} of {len(sources)}. "
+                f"{directory} is damaged: a document names source {source} (counted from 0), but "
+                f"there are only {len(sources)} sources. "
                 "Prepare the data again."
             )
         found.source = sources[source]["name"]

@@ -179,7 +179,7 @@ class ProcessGroup:
     # ------------------------------------------------------------------------------ ending the run
 
     def leave(self) -> None:
-        """Announce that this process has finished, so that its closed connection is no failure."""
+        """Announce that this process has finished; closing its connection is then no failure."""
         for connection in self._connections.values():
             connection.send("leave")
 

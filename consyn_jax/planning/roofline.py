@@ -176,7 +176,7 @@ def _matmul(rows: Number, inputs: Number, outputs: Number) -> tuple[Number, Numb
 
 
 def _widths(work: Workload) -> tuple[float, float, float]:
-    """Widths on one GPU of the queries, of the keys or values, and of the feed-forward layer."""
+    """Widths of the queries, of the keys or values, and of the feed-forward layer, on one GPU."""
     c, tensor = work.model, work.sizes["tensor"]
     return (
         c.num_heads * c.head_dim / tensor,

@@ -357,7 +357,7 @@ class ConsynTrainer:
         directory can still be used for a new run.
 
         Raises:
-            UserError: The devices or the directory do not fit, or --decay_from is given.
+            UserError: The devices or the directory do not fit this run, or --decay_from is given.
         """
         check_beginning(self.run.optimizer)
         rates, path = rising_rates(self.run.optimizer.optimizer), run_path(self.run)

@@ -267,8 +267,8 @@ class TestOverwrite:
         message = refused(capfd, "--data", "rows.jsonl", "--overwrite")
         assert (
             message
-            == "--overwrite would delete notes.md in --output tokens, which does not belong to a "
-            "token store. Move it elsewhere."
+            == "--output tokens contains notes.md, which is not part of a token store. Move it "
+            "elsewhere, because --overwrite would delete it."
         )
         assert Path("tokens/notes.md").exists()
 

@@ -332,7 +332,7 @@ def test_a_second_run_is_refused_a_directory_in_use_but_may_continue_a_dead_run(
     assert re.fullmatch(
         rf"consyn-train: --output {re.escape(str(tmp_path / 'run'))} is in use by another process: "
         rf"pid {first.pid} on {re.escape(socket.gethostname())}, "
-        r"since 20[\d: +-]+\. Wait for it, or name another directory\.\n",
+        r"since 20[\d: +-]+\. Wait for that process, or name another directory\.\n",
         second.said,
     ), second.said
     assert first.alive

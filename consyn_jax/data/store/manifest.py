@@ -10,10 +10,10 @@
                            of the loss, 0 for other tokens. The first token of a document has 2 if
                            the document needs no BOS in front of it
     SPLIT-00000.origins    only in stores that were prepared from sources; three little-endian
-                           uint64 for each document. The first is the index of its source in
-                           sources.json. For a row, the others are the row's number and 0. For text,
-                           they are the byte offsets in the decompressed source at which the
-                           document begins and ends
+                           uint64 for each document. The first is the index of the document's source
+                           in sources.json. For a row, the second is its number and the third is 0.
+                           For text, the second and third are the byte offsets of the document's
+                           start and end in the decompressed source
     sources.json           the sources, in order: name, kind, SHA-256 of each file
 
 In version 3, each document is a pair of answers to the same prompt: prompt and chosen answer, then

@@ -82,8 +82,8 @@ def run_path(config: RunConfig) -> Path:
 def same_command(options: SavingOptions) -> str:
     """Describe the command that continues the run.
 
-    It is the same command, but without --overwrite, which would delete the saved state, and with
-    --resume auto instead of --resume STEP, which would go back to that step.
+    The command is the same, with two exceptions. --overwrite is left out, because it would delete
+    the saved state. --resume STEP becomes --resume auto, because it would go back to that step.
     """
     if options.overwrite:
         return "the same command without --overwrite"

@@ -269,8 +269,8 @@ def _saved_steps(path: Path) -> list[int]:
     try:
         if (other := misnamed(path / CHECKPOINTS)) is not None:
             raise UserError(
-                f"{other} is not a valid name for a checkpoint, which is a step of at most 15 "
-                "digits without leading zeros. Rename the directory, or move it elsewhere."
+                f"{other} is not a valid name for a checkpoint: the name must be a step of at most "
+                "15 digits, without leading zeros. Rename the directory, or move it elsewhere."
             )
         return saved_steps(path / CHECKPOINTS)
     except OSError as error:

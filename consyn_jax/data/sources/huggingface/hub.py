@@ -42,7 +42,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def identity(name: str) -> str:
-    """Return the name of a dataset including its commit, which determines the rows.
+    """Return the name of a dataset with its commit; this name determines the rows.
 
     If the Hub cannot be reached, the last known commit is used, or the commit of the newest copy in
     the cache of `datasets`.

@@ -48,7 +48,7 @@ def unread_structure(
 
 
 def unused_separator(sources: Sequence[Source], separator: str) -> str:
-    """Say that `--document_separator` separates nothing in files, and why, if it is the line ends.
+    """Describe a `--document_separator` that separates nothing; mention CRLF if that is the cause.
 
     Args:
         sources: the text files that are one document each.
