@@ -104,13 +104,33 @@ class TrialRun:
         reached = max((line["step"] for line in metrics_of(self.path)), default=0)
         if outcome == DONE and not finite:  # the metric overflowed, or a callback ended the run
             outcome = DIVERGED if reached == self.total_steps else PRUNED
-        for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
-            self.claim.trial.set_user_attr(name, value)
         best = max if self.maximize else min
-        self.study.tell(self.claim, best(finite) if outcome == DONE else None)
-        for name in (CHECKPOINTS, "nonfinite"):  # the trial has ended and needs no saved states
-            remove(self.path / name)
+        value = best(finite) if outcome == DONE else None
+        facts = {STEP: reached, STEPS: self.total_steps, OUTCOME: outcome}
+        end_trial(self.study, self.claim, self.path, value, facts)
         return outcome
+
+
+def end_trial(
+    study: OptunaStudy, claim: Claim, path: Path, value: float | None, facts: Mapping[str, Any]
+) -> None:
+    """Report the end of a trial to the study, and delete what only a running trial needs.
+
+    Args:
+        path: the run directory.
+        value: the result; None if there is no result.
+        facts: user attributes of the trial.
+    """
+    for name, fact in facts.items():
+        claim.trial.set_user_attr(name, fact)
+    study.tell(claim, value)
+    for name in (CHECKPOINTS, "nonfinite"):
+        remove(path / name)
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the trial in a directory has taken a step."""
+    return any(line["step"] > 0 for line in metrics_of(path))
 
 
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:

@@ -13,14 +13,17 @@ from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.resolve import preset_architecture, resolve
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program, build_program
+from consyn_jax.tuning.search_space import parse_search
 from consyn_jax.tuning.shared_programs import (
     FREE_FLAGS,
     RATES,
     SharedPrograms,
     TrialProgram,
+    compiled_values,
     numbers_of,
     program_key,
 )
+from consyn_jax.tuning.varied_run import VariedRun
 
 STEPS, LENGTH = 6, 16
 TINY: dict[str, Any] = {
@@ -212,6 +215,27 @@ def test_multipliers_of_the_same_groups_share_a_program() -> None:
 
     assert key("embedding=2,norms=3") == key("norms=1,embedding=0")
     assert key("embedding=2,norms=3") != key("embedding=2")
+
+
+@pytest.mark.parametrize(
+    ("search", "each", "single"),
+    [
+        ("lr=0.1:0.2 dropout=0.1:0.2 warmup_steps=0:3", [], []),
+        ("dropout=0:0.3 z_loss=0:0.1 label_smoothing=0:0.1", [], ["dropout", "z_loss", "label_s"]),
+        ("dropout=0,0.1,0.2 scheduler=cosine,linear,plateau", [], ["dropout 0", "scheduler plat"]),
+        ("dropout=0,0.1 optimizer=adamw,lion,muon", ["dropout", "optimizer"], []),
+        ("num_layers=1:4 batch_size=8:16", ["num_layers", "batch_size"], []),
+    ],
+)
+def test_the_values_that_need_a_program_of_their_own(
+    search: str, each: list[str], single: list[str]
+) -> None:
+    varied = VariedRun({"model": "haiku"}, {})
+    found = compiled_values(parse_search(search.split()), varied)
+    assert found[0] == each
+    assert len(found[1]) == len(single)
+    assert all(text.startswith(start) for text, start in zip(found[1], single, strict=True))
+    assert all(text.endswith((" 0", " plateau")) for text in found[1])
 
 
 def test_every_free_flag_is_a_flag() -> None:

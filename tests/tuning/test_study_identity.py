@@ -134,6 +134,30 @@ def test_no_password_is_written(tmp_path: Path) -> None:
         check_study(tmp_path, "postgresql://me:secret@other/studies")
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:pa55/pa55@db/studies", "postgresql://db/studies"),
+        ("postgresql://me:pa55@pa55@db:5432/studies", "postgresql://db:5432/studies"),
+        ("postgresql://db/studies?user=me&password=pa55", "postgresql://db/studies"),
+        ("postgresql://db/studies?password=se@pa55", "postgresql://"),
+        ("postgresql://me:pa55?pa55@db/studies", "postgresql://"),
+        ("sqlite:////home/me@lab/study.db", "sqlite:////home/me@lab/study.db"),
+    ],
+)
+def test_no_password_of_a_url_is_written_or_told(url: str, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    identify(tmp_path, url, None, False)
+    text = (tmp_path / "study" / "study.json").read_text()
+    assert json.loads(text)["storage"] == shown
+    with pytest.raises(UserError, match="the storage given is mysql://") as raised:
+        check_study(tmp_path, url.replace(url.partition(":")[0], "mysql"))
+    assert "pa55" not in str(raised.value)
+    with pytest.raises(UserError, match=r"--storage nothing://.* cannot be used") as raised:
+        study(tmp_path / "other", storage=f"nothing{url[url.index(':') :]}")
+    assert "pa55" not in str(raised.value)
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", '{"study": 1}', "[" * 9999])
 def test_a_damaged_record_is_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "study").mkdir()

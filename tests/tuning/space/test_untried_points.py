@@ -19,7 +19,7 @@ SPACE = [Dimension("optimizer", choices=("adamw", "lion")), Dimension("num_layer
 
 def points(output: Path, number: int, **options: Any) -> list[tuple[Any, ...]]:
     """Work through trials, with a new process for each."""
-    more: dict[str, Any] = {"maximize": False, "num_evaluations": 2, "seed": 1}
+    more: dict[str, Any] = {"maximize": False, "num_evaluations": 27, "seed": 1}
     for i in range(number):
         study = OptunaStudy(output, StudyOptions(**options), SPACE, {}, **more)
         claim = study.claim(number)
@@ -29,9 +29,10 @@ def points(output: Path, number: int, **options: Any) -> list[tuple[Any, ...]]:
     return [(t.params["optimizer"], t.params["num_layers"]) for t in study.trials]
 
 
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
-def test_every_point_is_tried_once(tmp_path: Path, sampler: str) -> None:
-    found = points(tmp_path, 6, sampler=sampler)
+def test_every_point_is_tried_once(tmp_path: Path, sampler: str, pruner: str) -> None:
+    found = points(tmp_path, 6, sampler=sampler, pruner=pruner)
     assert set(found) == {(name, layers) for name in ("adamw", "lion") for layers in (1, 2, 3)}
 
 
@@ -52,15 +53,11 @@ def test_a_sampler_that_repeats_itself_is_not_asked_forever() -> None:
         def __init__(self, number: int, *values: Any) -> None:
             self.number, self.params = number, dict(zip(names, values, strict=False))
 
-    class Study:
-        def get_trials(self, deepcopy: bool) -> list[Trial]:
-            return trials
-
     names = [dimension.name for dimension in SPACE]
     trials, seen = [Trial(0, "lion", 2)], {("lion", 2)}
     for number in range(1, 6):
-        sampler = UntriedPoints(Stuck(), SPACE, dict.fromkeys(names), seed=number)
-        drawn = sampler.sample_relative(Study(), Trial(number), {})
+        sampler = UntriedPoints(Stuck(), SPACE, dict.fromkeys(names), lambda: trials, seed=number)
+        drawn = sampler.sample_relative(None, Trial(number), {})
         trials.append(Trial(number, *drawn.values()))
         seen.add(tuple(drawn.values()))
     assert len(seen) == 6
