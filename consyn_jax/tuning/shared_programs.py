@@ -139,11 +139,11 @@ def compiled_values(space: Sequence[Dimension], varied: VariedRun) -> tuple[list
     A range is judged by its ends and its middle.
 
     Returns:
-        The flags of which each value has its own program, and the single values, with their flag,
-        whose program other values of the flag do not share.
+        The flags of which each value has its own program; and, for other flags, the values, with
+        their flag, that do not share the program of most values.
     """
     first = {dimension.name: dimension.ends[0] for dimension in space}
-    flags_, single = list[str](), list[str]()
+    flags_, others = list[str](), list[str]()
     for d in flags_of_programs(space, varied):
         middle = (
             () if d.choices else ((d.low + d.high) // 2 if d.is_whole else (d.low + d.high) / 2,)
@@ -156,8 +156,8 @@ def compiled_values(space: Sequence[Dimension], varied: VariedRun) -> tuple[list
         if len(groups[-1]) == 1:
             flags_.append(d.name)
         else:
-            single += [f"{d.name} {as_text(values[0])}" for values in groups[:-1]]
-    return flags_, single
+            others += [f"{d.name} {' or '.join(map(as_text, g))}" for g in groups[:-1]]
+    return flags_, others
 
 
 @dataclass(frozen=True)

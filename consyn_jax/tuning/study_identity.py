@@ -67,14 +67,9 @@ def identify(output: Path, storage: str | None, stored: str | None, has_trials: 
         OSError: the directory cannot be written.
     """
     check_study(output, storage)
-    record = _record(output)
-    if record is None:
-        record, is_other = (
-            StudyRecord(secrets.token_hex(8), public_url(storage)),
-            stored is not None,
-        )
-    else:
-        is_other = stored is not None and stored != record.study
+    known = _record(output)
+    record = known or StudyRecord(secrets.token_hex(8), public_url(storage))
+    is_other = stored is not None and (known is None or stored != known.study)
     where = _place(output, record.storage)
     if is_other or (stored is None and has_trials):
         raise UserError(f"{where} has a study that was not begun in --output {output}. {ANEW}")
@@ -142,7 +137,16 @@ def _check_identities(output: Path, found: Sequence[Path], study: str | None) ->
 def _compare(path: Path, values: Mapping[str, Any]) -> None:
     old, new = _read(path / TRIAL_RECORD).get("values"), json.loads(json.dumps(dict(values)))
     if old != new:
-        raise UserError(f"{path} is of a trial with {old}, but the study has {new}. {ANEW}")
+        raise UserError(
+            f"{path} has a trial with {_told(old)}, but trial {path.name} of the study has "
+            f"{_told(new)}. {ANEW}"
+        )
+
+
+def _told(values: Any) -> str:
+    if not isinstance(values, dict):
+        return "unknown values"
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _is_used(directory: Path) -> bool:

@@ -20,11 +20,9 @@ from consyn_jax.errors import UserError
 from consyn_jax.evaluation_metrics import is_greater_better
 from consyn_jax.files import write_whole
 from consyn_jax.flags import flags, flat
-from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.training.optim.schedules import build_schedule
-from consyn_jax.training.run.step_end import interval
 from consyn_jax.training.runtime.memory import StepTooLarge
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
@@ -33,6 +31,7 @@ from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
 from consyn_jax.tuning.search_space import as_text, parse_search
 from consyn_jax.tuning.shared_programs import SharedPrograms, compiled_values
 from consyn_jax.tuning.space.space_checks import check_space
+from consyn_jax.tuning.space.trial_lengths import BATCH_FLAGS, num_evaluations, tokens_grow_with
 from consyn_jax.tuning.space.untried_points import num_points
 from consyn_jax.tuning.study_directory import (
     PAGE,
@@ -93,7 +92,7 @@ class Tuning:
         steps = trainer.total_steps
         trainer.build()  # before the first trial, as this machine may be unable to train any
         check_space(self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps))
-        evaluations = _num_evaluations(trainer, self.options)
+        evaluations = num_evaluations(trainer, self.metric, self.options.pruner)
         if config.saving.overwrite:
             delete_study(self.output)
         self.study = OptunaStudy(
@@ -106,6 +105,8 @@ class Tuning:
             seed=config.budget.seed,
             overwrite=config.saving.overwrite,
         )
+        self.compiled = compiled_values(self.space, varied)
+        self.tokens_grow_with = tokens_grow_with(trainer, self.space)
         self.points = num_points(self.space) or math.inf
         self.limit = min(_limit(self.options), self.points)
         budget = self.options.time_budget
@@ -205,8 +206,12 @@ class Tuning:
                 trainer.build()
             return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
         except UserError as error:
+            is_refused = isinstance(error, ValuesRefused) or (
+                # Otherwise all trials have the same program.
+                isinstance(error, StepTooLarge) and any(self.compiled)
+            )
             # An earlier process may have trained these values, on another machine.
-            if not isinstance(error, ValuesRefused | StepTooLarge) or has_begun(path):
+            if not is_refused or has_begun(path):
                 raise UserError(f"Trial {claim.number}: {error}") from error
             facts = {OUTCOME: FAILED, FAILURE: str(error)}
             end_trial(self.study, claim, path, None, facts)
@@ -234,7 +239,7 @@ class Tuning:
             for name, value in run.items()
             if known[name].math and name not in varied
         }
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_steps"):
+        for name in (*BATCH_FLAGS, "eval_steps"):
             if name not in varied:
                 own[f"--{name}"] = run[name]
         return {
@@ -294,13 +299,16 @@ class Tuning:
     def _notes(self) -> list[tuple[str, str]]:
         """Header rows about flags that are compiled, and about values that a search replaces."""
         rows, replaced = [], [d.name for d in self.space if ", instead" in self.base[1][d.name]]
-        each, single = compiled_values(self.space, self.varied)
+        each, others = self.compiled
         compiled = [f"again for each value of {', '.join(each)}"] if each else []
-        compiled += [f"once more for {', '.join(single)}"] if single else []
+        compiled += [f"once more for {', '.join(others)}"] if others else []
         if compiled:
             rows.append(("compiled", "; ".join(compiled)))
         if replaced:
             rows.append(("replaced", f"by --search in --config: {', '.join(replaced)}"))
+        if names := " or ".join(self.tokens_grow_with):
+            more = f"more in trials with a larger {names}, since --max_steps counts steps"
+            rows.append(("tokens", f"{more}; --total_tokens gives all trials the same number"))
         return rows
 
     def _note(self, claim: Claim, outcome: str, results: StudyResults) -> None:
@@ -338,34 +346,6 @@ class Tuning:
         where = f"Everything is in {self.output}: {', '.join(names)}."
         with Console(quiet=self.quiet) as console:
             console.finish([*lines, where])
-
-
-def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
-    """Number of evaluations of a complete trial.
-
-    Raises:
-        UserError: there are no evaluations, they lack the metric, or they are too few for the
-            pruner.
-    """
-    source, steps = trainer.eval_source, trainer.total_steps
-    if source is None:
-        raise UserError(
-            "A study compares evaluations, but there is no evaluation data: the validation "
-            f"split has no document. {HOLD_OUT}"
-        )
-    if options.metric == "eval/bits_per_byte" and not source.num_bytes:
-        raise UserError(
-            "--metric eval/bits_per_byte is never logged, because the size in bytes of the "
-            "evaluation text is unknown. Use eval/loss."
-        )
-    found = math.ceil(steps / interval(trainer.run.evaluation.eval_steps, steps))
-    if options.pruner != "none" and found < 2:
-        raise UserError(
-            f"--pruner {options.pruner} compares evaluations during training, but a trial of "
-            f"{steps} steps with --eval_steps {trainer.run.evaluation.eval_steps} has only one, "
-            "at its end. Lower --eval_steps, or use --pruner none."
-        )
-    return found
 
 
 def _limit(options: StudyOptions) -> float:

@@ -59,8 +59,6 @@ class TrialRun:
         # An earlier process may have ended the run, or decided to end it, and been killed before it
         # reported this to the study.
         outcome = _recorded_outcome(lines)
-        if outcome is None and self.claim.reported and self._is_pruned():
-            outcome = PRUNED
         if outcome is None:
             try:
                 self.trainer.train()
@@ -80,20 +78,22 @@ class TrialRun:
     def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
         """Report an evaluation to the study, and end the run if the pruner decides so."""
         self._report(values["step"], values[self.metric])
-        if values["step"] < self.total_steps and self._is_pruned():
+        number, last = self._number(values["step"]), self._number(self.total_steps)
+        # If an earlier process has evaluated further, it has decided here to go on.
+        is_newest = number >= max(self.claim.reported, default=0)
+        if is_newest and number < last and self.claim.trial.should_prune():
             run.stop(PRUNED)
 
-    def _is_pruned(self) -> bool:
-        """Whether the pruner ends the trial early; False after the trial's last evaluation."""
-        last = math.ceil(self.total_steps / self.eval_steps) - 1
-        return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
+    def _number(self, step: int) -> int:
+        """The number of the evaluation at a step, counted from 0."""
+        return math.ceil(step / self.eval_steps) - 1
 
     def _report(self, step: int, value: float) -> None:
-        """Report the metric of an evaluation to Optuna, with the index of the evaluation.
+        """Report the metric of an evaluation to Optuna, with the number of the evaluation.
 
-        Indices start at 0. Pruners compare the metrics of different trials at the same index.
+        Pruners compare the metrics of different trials at the same number.
         """
-        number = math.ceil(step / self.eval_steps) - 1
+        number = self._number(step)
         if number not in self.claim.reported and not math.isnan(value):
             self.claim.trial.report(value, number)
             self.claim.reported[number] = value
@@ -134,11 +134,11 @@ def has_begun(path: Path) -> bool:
 
 
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """The outcome of a trial according to its log; None if its run has not ended.
+    """The outcome of a trial according to its log; None if its run must go on.
 
     If a user's callback ends a trial, the trial counts as done, as with early stopping.
     """
     reasons = {line["event"]: line.get("reason") for line in lines if "event" in line}
-    if "finish" not in reasons:
-        return None
-    return PRUNED if reasons.get("stop") == PRUNED else DONE
+    if reasons.get("stop") == PRUNED:
+        return PRUNED
+    return DONE if "finish" in reasons else None

@@ -15,6 +15,7 @@ import pytest
 
 from consyn_jax.cli import train, tune
 from consyn_jax.errors import UserError
+from consyn_jax.flags import flat
 from consyn_jax.training.runtime.memory import StepTooLarge
 from consyn_jax.tuning.study_identity import mark_trial
 from consyn_jax.tuning.trial_run import TrialRun, end_trial
@@ -201,39 +202,48 @@ def test_the_header_names_what_is_compiled_again_and_what_a_search_replaces(
     said = capfd.readouterr().err
     assert re.search(r"trials +no limit; 0 so far\n", said)
     assert re.search(r"compiled +once more for dropout 0\n", said)
+    assert "--total_tokens" not in said
+    ranges[ranges.index(str(tmp_path / "c"))] = str(tmp_path / "d")
+    assert tune.main([*ranges, "--search", "gradient_accumulation_steps=1,2"]) == 2
+    said = capfd.readouterr().err
+    assert re.search(r"tokens +more in trials with a larger gradient_accumulation_steps, ", said)
     requests = [*map(str, given[:-6]), str(tmp_path / "b"), "--search", "lr=0.1,0.2"]
     assert tune.main([*requests, "--eval_requests", "nofile.jsonl"]) == 2
     assert "nofile.jsonl in --eval_requests does not exist" in capfd.readouterr().err
 
 
 class Faults:
-    """Trials of one flag, `seed`, that end at once: done, or with the error for their seed."""
+    """Trials of one flag that end at once: done, or with the error for their value (0: for all)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, start: list[str]) -> None:
         self.start, self.building = start, dict[int, UserError]()
-        self.training = dict[int, UserError]()
+        self.training, self.search = dict[int, UserError](), "seed=1:99"
         plain, faults = TrialTrainer.build, self
 
         def build(self: TrialTrainer, *schedule: Any) -> Any:
-            faults._raise(faults.building, self.run.budget.seed)
+            faults._raise(faults.building, flat(self.run)[faults.flag])
             return plain(self, *schedule)
 
         def train(self: TrialRun) -> str:
             mark_trial(self.path, self.study.identity, self.claim.values)
-            faults._raise(faults.training, self.claim.values["seed"])
+            faults._raise(faults.training, self.claim.values[faults.flag])
             end_trial(self.study, self.claim, self.path, 1.0, {"outcome": "done"})
             return "done"
 
         monkeypatch.setattr(TrialTrainer, "build", build)
         monkeypatch.setattr(TrialRun, "run", train)
 
-    def _raise(self, errors: dict[int, UserError], seed: int) -> None:
-        if (error := errors.get(0, errors.get(seed))) is not None:
+    def _raise(self, errors: dict[int, UserError], value: int) -> None:
+        if (error := errors.get(0, errors.get(value))) is not None:
             raise error
 
+    @property
+    def flag(self) -> str:
+        return self.search.partition("=")[0]
+
     def tune(self, output: Path, *more: str) -> int:
-        search = [] if "--search" in more else ["--search", "seed=1:99"]
-        return tune.main([*self.start, "--output", str(output), *search, *more])
+        given = [*self.start, "--output", str(output), "--search", self.search]
+        return tune.main([*given, *more])
 
 
 @pytest.fixture
@@ -246,16 +256,17 @@ def test_a_trial_whose_values_are_refused_fails_and_the_study_goes_on(
     faults: Faults, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With an error that only the trial itself shows."""
-    faults.building[1] = UserError("No seed 1.")
-    faults.training[3] = StepTooLarge("No room for seed 3.")
+    faults.search = "gradient_accumulation_steps=1:3"
+    faults.building[1] = UserError("One is too few.")
+    faults.training[3] = StepTooLarge("No room for 3.")
     output = tmp_path / "a"
-    assert faults.tune(output, "--search", "seed=1:3", "--trials", "9") == 0
+    assert faults.tune(output, "--trials", "99") == 0
     said = capfd.readouterr()
-    assert "seed 1: no value, failed: No seed 1." in said.err
-    assert "seed 3: no value, failed: No room for seed 3." in said.err
+    assert "steps 1: no value, failed: One is too few." in said.err
+    assert "steps 3: no value, failed: No room for 3." in said.err
     assert "The search space has 3 points, and all have been tried." in said.err
-    assert said.out.count("failed") == 2
     assert "1 done, 2 failed" in (output / "study.html").read_text()
+    faults.search = "seed=1:99"
     # A study does not lose all its trials to one fault, also if others are done.
     faults.building[0] = UserError("No seed.")
     assert faults.tune(tmp_path / "b") == 2
@@ -283,6 +294,8 @@ def test_a_fault_that_is_not_of_the_values_ends_the_command_and_no_trial(
     ends_with("A device ran out of memory.")
     faults.training[0] = UserError("--output is now used by another process.")
     ends_with("--output is now used by another process.")
+    faults.training[0] = StepTooLarge("All trials need 9 GiB.")
+    ends_with("All trials need 9 GiB.")
     faults.building[0] = UserError("A file is missing.")
     faults.building[0].__cause__ = OSError("no such file")
     ends_with("A file is missing.")

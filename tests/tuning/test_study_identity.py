@@ -98,11 +98,19 @@ def test_a_journal_that_has_lost_a_trial_is_refused(tmp_path: Path) -> None:
 def test_another_trial_of_the_same_study_is_refused(tmp_path: Path) -> None:
     opened = study(tmp_path)
     path = train(opened, tmp_path)
-    with pytest.raises(UserError, match=r"trials/0000 is of a trial with \{'lr': 0\.00\d+\}, but"):
+    with pytest.raises(UserError, match=r"trials/0000 has a trial with lr 0\.00\d+, but tr"):
         mark_trial(path, opened.identity, {"lr": 0.5})
     foreign = json.loads((path / "trial.json").read_text()) | {"values": {"lr": 0.5}}
     (path / "trial.json").write_text(json.dumps(foreign))
-    with pytest.raises(UserError, match=r"trials/0000 is of a trial with \{'lr': 0\.5\}, but the"):
+    with pytest.raises(UserError) as raised:
+        study(tmp_path)
+    (own,) = (trial.params["lr"] for trial in opened.trials)
+    assert str(raised.value) == (
+        f"{path} has a trial with lr 0.5, but trial 0000 of the study has lr {own}. Name another "
+        "--output, or delete that study with --overwrite."
+    )
+    (path / "trial.json").write_text(json.dumps(foreign | {"values": None}))
+    with pytest.raises(UserError, match="trials/0000 has a trial with unknown values, but trial"):
         study(tmp_path)
     (path / "trial.json").unlink()
     with pytest.raises(UserError, match="has trials of another study"):

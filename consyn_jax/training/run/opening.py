@@ -53,10 +53,9 @@ def open_run_directory(
     With several processes, process 0 opens it, and the others wait until they see its lock.
 
     Args:
-        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`.
+        derived, is_trial: As for `check_output`.
         write: Whether this process may create and delete files.
         fetch: Called with the directory under its lock; it may copy a run into the directory.
-        is_trial: As for `check_output`.
 
     Raises:
         UserError: The directory has another run, is in use, is not writable, or is not shared.
@@ -73,8 +72,7 @@ def open_run_directory(
         lock = RunLock(path)
         restore_replaced(path, ENTRIES)
         fetch(path)
-        # Check again: another process may have used the directory in the meantime.
-        holds_run = check_output(config, derived, is_trial=is_trial)
+        holds_run = check_output(config, derived, is_trial=is_trial)  # it may have changed since
         if config.saving.overwrite:
             delete_run(path)
         is_adopted = holds_run and not (path / RUN_JSON).exists()
@@ -126,8 +124,8 @@ def check_output(
     """Check that this run may use --output; return whether it resumes a run in that directory.
 
     Args:
-        derived: As for `open_run_directory`. None before the data is known; then only flags are
-            compared.
+        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`. None before
+            the data is known; then only flags are compared.
         is_trial: Whether the run is a trial of a study, which continues in its own directory.
 
     Raises:
@@ -141,14 +139,9 @@ def check_output(
     if config.optimizer.decay_from is not None:
         refuse_links(Path(saving.output))
         _check_decay_origin(config, derived)
-    file = path / CONFIG
-    if not file.is_file() and ((path / "metrics.jsonl").exists() or _saved_steps(path)):
-        found = "a metrics.jsonl" if (path / "metrics.jsonl").exists() else CHECKPOINTS
-        raise UserError(
-            f"--output {path} holds {found} without a {CONFIG}, so it is not a consyn-train run. "
-            "Name another directory."
-        )
-    old = read_run_config(file) if file.is_file() else None
+    old = read_run_config(path / CONFIG) if (path / CONFIG).is_file() else None
+    if old is None:
+        _refuse_remains(path)
     if saving.overwrite:
         _check_overwrite(config, path)
         return False
@@ -184,6 +177,16 @@ def _refuse_study(path: Path, is_trial: bool) -> None:
         raise UserError(
             f"--output {path} has a trial of a study, which only consyn-tune continues. Name "
             "another --output."
+        )
+
+
+def _refuse_remains(path: Path) -> None:
+    has_log = (path / "metrics.jsonl").exists()
+    if has_log or _saved_steps(path):
+        found = "a metrics.jsonl" if has_log else CHECKPOINTS
+        raise UserError(
+            f"--output {path} holds {found} without a {CONFIG}, so it is not a consyn-train run. "
+            "Name another directory."
         )
 
 
