@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from consyn_jax.cli import train, tune
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flat
+from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.runtime.memory import StepTooLarge
 from consyn_jax.tuning.study_identity import mark_trial
 from consyn_jax.tuning.trial_run import TrialRun, end_trial
@@ -256,16 +258,16 @@ def test_a_trial_whose_values_are_refused_fails_and_the_study_goes_on(
     faults: Faults, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With an error that only the trial itself shows."""
-    faults.search = "gradient_accumulation_steps=1:3"
-    faults.building[1] = UserError("One is too few.")
-    faults.training[3] = StepTooLarge("No room for 3.")
+    faults.search = "gradient_accumulation_steps=1:12"
+    faults.building = {number: UserError(f"No {number}.") for number in (1, 5, 9)}
+    faults.training = {number: StepTooLarge(f"No room for {number}.") for number in (3, 7, 11)}
     output = tmp_path / "a"
     assert faults.tune(output, "--trials", "99") == 0
     said = capfd.readouterr()
-    assert "steps 1: no value, failed: One is too few." in said.err
+    assert "steps 1: no value, failed: No 1." in said.err
     assert "steps 3: no value, failed: No room for 3." in said.err
-    assert "The search space has 3 points, and all have been tried." in said.err
-    assert "1 done, 2 failed" in (output / "study.html").read_text()
+    assert "The search space has 12 points, and all have been tried." in said.err
+    assert "6 done, 6 failed" in (output / "study.html").read_text()
     faults.search = "seed=1:99"
     # A study does not lose all its trials to one fault, also if others are done.
     faults.building[0] = UserError("No seed.")
@@ -306,6 +308,18 @@ def test_a_fault_that_is_not_of_the_values_ends_the_command_and_no_trial(
     faults.building[0] = StepTooLarge("The train step needs 9 GiB.")
     ends_with("The train step needs 9 GiB.")
     assert (log.parent / "checkpoints" / "2").exists()
+
+
+def test_a_machine_that_cannot_train_at_all_begins_no_trial(
+    faults: Faults,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ConsynTrainer, "build", Mock(side_effect=UserError("No mesh fits.")))
+    assert faults.tune(tmp_path / "study") == 2
+    assert capfd.readouterr().err == "consyn-tune: No mesh fits.\n"
+    assert not (tmp_path / "study" / "study").exists()
 
 
 @pytest.mark.slow

@@ -166,6 +166,15 @@ def test_no_password_of_a_url_is_written_or_told(url: str, shown: str, tmp_path:
     assert "pa55" not in str(raised.value)
 
 
+def test_a_query_that_an_earlier_version_wrote_goes_and_the_study_goes_on(tmp_path: Path) -> None:
+    plain = f"sqlite:///{tmp_path / 'x.db'}"
+    url, record = f"{plain}?timeout=5", tmp_path / "study" / "study.json"
+    assert study(tmp_path, storage=url).address == plain
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"storage": url}))
+    study(tmp_path, storage=url)
+    assert json.loads(record.read_text())["storage"] == plain
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", '{"study": 1}', "[" * 9999])
 def test_a_damaged_record_is_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "study").mkdir()

@@ -42,6 +42,7 @@ class Trainer:
         """Write the log, as far as the observer lets it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with MetricsLog(self.path) as log:
+            log.truncate_from(EVERY * self.first)
             step = 1
             for i, value in enumerate(self.values, self.first):
                 step = EVERY * (i + 1)
