@@ -190,10 +190,8 @@ def _check_directory(config: RunConfig) -> None:
     from consyn_jax.training.run.directory import run_path
     from consyn_jax.training.run.lock import check_free
     from consyn_jax.training.run.opening import check_output
-    from consyn_jax.tuning.study_identity import refuse_trial
 
     if is_first():
-        refuse_trial(run_path(config))
         check_output(config)
         check_free(run_path(config))
         check_remote(config)

@@ -73,6 +73,7 @@ class RunInputs:
         callbacks: Functions that make the user's callbacks.
         signals: Record of received signals, if the process already keeps one; otherwise None.
         exports_model: Whether the run writes best/, final/ and loss.png, and generates samples.
+        is_trial: Whether the run is a trial of a study, to which its directory belongs.
         began: `time.perf_counter()` when this start began, before it prepared data and model. The
             run's time counts from then.
     """
@@ -94,6 +95,7 @@ class RunInputs:
     callbacks: tuple[Maker, ...] = ()
     signals: Signals | None = None
     exports_model: bool = True
+    is_trial: bool = False
     began: float = field(default_factory=time.perf_counter)
 
 
@@ -310,7 +312,9 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     refuse_differences([json.loads(text) for text in derived])
     writes = jax.process_index() == 0
     remote, fetch = open_remote(inputs.run, inputs.derived, stack) if writes else NO_REMOTE
-    directory = open_run_directory(inputs.run, inputs.derived, write=writes, fetch=fetch)
+    directory = open_run_directory(
+        inputs.run, inputs.derived, write=writes, fetch=fetch, is_trial=inputs.is_trial
+    )
     stack.callback(directory.close)
     path, minutes = directory.path, inputs.run.hardware.watchdog_minutes
     watchdog = stack.enter_context(Watchdog(path, minutes, current_process_group(), directory.beat))

@@ -31,6 +31,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 STUDY_RECORD = "study/study.json"  # in the directory of a study of consyn-tune
+TRIAL_RECORD = "trial.json"  # in the directory of a trial: its study, and its values
 RUNGS, LADDER_RECORD = "sizes", "ladder.json"  # in the directory of a ladder of consyn-tune
 ENTRIES = (
     CONFIG,
