@@ -38,7 +38,7 @@ def show_as_url(path: str, url: str) -> None:
 def with_urls(text: str) -> str:
     """Replace the paths of copies of bucket objects in the cache by the objects' URLs.
 
-    Users and records know the URLs. The paths differ between machines.
+    Users and records need the URLs, because the paths differ between machines.
     """
     for path, url in _URLS.items():
         text = url.join(re.split(f"(?<!{_COPIED}){re.escape(path)}", text))

@@ -69,7 +69,7 @@ class StepTime:
     """Seconds that a GPU spends on one optimizer step; all GPUs take equally long.
 
     Attributes:
-        matmuls: time of matmuls, multiplied by the factor of `stretch_of`, as the next two.
+        matmuls: time of matmuls. This time and the next two include the factor of `stretch_of`.
         attention: time of attention kernels.
         memory: time of memory-bound kernels.
         optimizer: the update, including the summing of gradients over micro-batches, and the

@@ -40,8 +40,8 @@ class ConsynDataset:
     `block_size`, `seed` and i. In a pass over all items, every token of the split is a label
     exactly once. A validation split is not shuffled.
 
-    `ConsynTrainer` uses `packed` and `seed`, and shuffles anew in every epoch. Its first epoch has
-    the order of these items.
+    `ConsynTrainer` uses `packed` and `seed`, and shuffles anew in every epoch. The first epoch of
+    `ConsynTrainer` has the order of these items.
 
     Attributes:
         packed: The sequences in the order of the store.

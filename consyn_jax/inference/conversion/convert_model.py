@@ -94,7 +94,7 @@ def _check_format(options: TargetOptions) -> None:
     if options.to != "gguf" and str(options.output).endswith(".gguf"):
         raise UserError(
             f"--output {options.output} is the name of a GGUF file, but --to {options.to} "
-            "writes a directory. Add --to gguf, or give a directory."
+            "writes a directory. Give --to gguf, or a directory as --output."
         )
     if options.to != "hf" and options.shard_size != TargetOptions.shard_size:
         raise UserError("--shard_size is for --to hf only. Leave --shard_size out.")

@@ -204,8 +204,8 @@ def next_commands(
 def _held_out(data: DataOptions) -> tuple[str, ...]:
     """Data with documents on which the run was evaluated but not trained.
 
-    These are the files of `--validation`; without it, the token stores in `--data`, of which
-    consyn-evaluate reads only the validation split.
+    These are the files of `--validation`. Without that flag, these are the token stores in
+    `--data`, because consyn-evaluate reads only the validation split of a store.
     """
     return data.validation or tuple(path for path in data.data if is_store(Path(path)))
 
