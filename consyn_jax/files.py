@@ -252,8 +252,8 @@ def all_irregular(path: Path, *, inside: bool = True) -> Iterator[tuple[Path, st
 def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | None = None) -> None:
     """Refuse an untrusted directory that contains unsafe files.
 
-    Unsafe files are links that lead out of the directory, special files such as pipes, and files
-    that are too large.
+    Unsafe files are special files such as pipes, files that are too large, and links that lead out
+    of the directory.
 
     Args:
         patterns: glob patterns of the files that will be read; others are not checked.
@@ -269,7 +269,7 @@ def refuse_strays(directory: Path, patterns: Collection[str], *, named: Path | N
 def strays(
     directory: Path, patterns: Collection[str], *, named: Path | None = None
 ) -> Iterator[tuple[Path, str]]:
-    """Find links that lead out of a directory, special files, and files that are too large.
+    """Find special files, files that are too large, and links that lead out of the directory.
 
     Args:
         patterns, named: as for `refuse_strays`.

@@ -6,8 +6,8 @@ predicts its EOS. EOS is never an input.
 
 Some tokenizers have no BOS (Qwen), and some documents already contain BOS (a chat rendered with a
 model's template). In both cases, the first token of the document is not predicted: it is only the
-input for the second token. The position whose label would be the first token is masked like
-padding, and is a segment of its own.
+input for the second token. The position that would have the first token as its label is masked
+like padding, and is a segment of its own.
 """
 
 from __future__ import annotations

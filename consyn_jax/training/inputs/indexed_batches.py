@@ -63,7 +63,7 @@ class IndexedBatches(BatchSource):
         return (batch for _, batch in loader)
 
     def evaluation(self, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
-        """Yield batches of the dataset once, in its own order."""
+        """Yield the batches of one pass over the dataset, in the dataset's own order."""
         if self.dataset is None:
             raise UserError(
                 "The evaluation data is a corpus that is still being prepared, so it has no end "

@@ -65,8 +65,8 @@ def is_over(progress: Progress, total_steps: int, options: EvaluationOptions) ->
     """Whether the budget, early stopping or a callback has ended the run.
 
     Args:
-        total_steps: Total steps of the budget. A run that a callback ended continues if the budget
-            has changed since.
+        total_steps: Total steps of the budget. If a callback ended the run, the run is over only
+            while the budget stays the same.
     """
     is_used_up = progress.step >= total_steps or progress.stopped_of == total_steps
     return is_used_up or stops_early(progress, options)

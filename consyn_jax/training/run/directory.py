@@ -345,9 +345,10 @@ class RunDirectory:
 
 
 def refuse_links(path: Path) -> None:
-    """Check that a run directory contains only regular files and directories.
+    """Check that the entries of a run in its directory are regular files and directories.
 
-    A link would redirect the run's writes to another place.
+    A link would redirect the run's writes to another place. What is inside these directories is
+    not checked.
 
     Raises:
         UserError: There is a link, a pipe or a device; the message names it.

@@ -39,7 +39,8 @@ def check_address(name: str, address: str) -> None:
     """Check that the head node of a Ray cluster answers at an address.
 
     Raises:
-        UserError: the address is invalid, or something else or nothing answers there.
+        UserError: the address is invalid, nothing answers there, or what answers is not the head
+            node of a Ray cluster.
     """
     place, found = f"{name} {address}", address
     if address == "auto":
