@@ -347,14 +347,13 @@ class RunDirectory:
 def refuse_links(path: Path) -> None:
     """Check that the entries of a run in its directory are regular files and directories.
 
-    A link would redirect the run's writes to another place. What is inside these directories is
-    not checked.
+    A link would redirect the run's writes to another place. The inside of wandb/ is not checked,
+    because Weights & Biases creates links there.
 
     Raises:
         UserError: There is a link, a pipe or a device; the message names it.
     """
     for name in (LOCK, *ENTRIES):
-        # Weights & Biases creates links there.
         if found := irregular(path / name, inside=name != "wandb"):
             raise UserError(
                 f"{found[0]} is {found[1]}, but a run writes only to regular files of its own. "
