@@ -8,7 +8,8 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from time import monotonic
 
 LONGEST_MESSAGE = 1600  # characters
@@ -21,7 +22,7 @@ REPEAT_S = 2.0
 TOO_LONG = f"a number of more than {sys.get_int_max_str_digits():,} digits"  # for Python
 # End of a message about a stopped run, for cases in which there may be no checkpoint.
 CONTINUES = "continues from the last checkpoint, or from the beginning if there is none"
-# Commands add "without --overwrite" if that flag was given (cli/exit_codes.py).
+# `keeping_what_is_saved` adds "without --overwrite" to it.
 AGAIN = "run the same command again"
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
@@ -90,6 +91,26 @@ class ProcessMissing(RuntimeError):
 
     This need not be the user's mistake, and a new attempt may succeed: commands exit with 76.
     """
+
+
+# Advice to continue with the same command, and not to begin anew with it.
+_CONTINUES = re.compile("the same command(?: again)?(?! again| without| starts| to start)", re.I)
+
+
+@contextmanager
+def keeping_what_is_saved(overwrite: bool) -> Iterator[None]:
+    """Add "without --overwrite" to errors that advise the same command, if it has that flag.
+
+    For what is done after the flag has deleted what was there before: if the flag is given again,
+    it deletes what has been saved since.
+    """
+    try:
+        yield
+    except (UserError, Diverged, Interrupted, ProcessMissing) as known:
+        if overwrite:
+            said = _CONTINUES.sub(r"\g<0> without --overwrite", str(known))
+            known.args = (said, *known.args[1:])
+        raise
 
 
 class Repeats:

@@ -5,6 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from consyn_jax.errors import Interrupted, ProcessMissing, UserError, keeping_what_is_saved
+
 PACKAGE = Path(__file__).parents[1] / "consyn_jax"
 ERRORS = ("UserError", "Interrupted")
 # Sentences that end inside a message: a full stop, a space, and a capital, quote or flag.
@@ -36,3 +40,23 @@ def test_no_message_is_longer_than_two_sentences() -> None:
     assert len(found) > 200
     long = [f"{place}: {text}" for place, text in found if len(END.findall(text)) > 1]
     assert long == []
+
+
+@pytest.mark.parametrize(
+    ("advice", "shown"),
+    [
+        ("Free space, and run the same command again.", "again without --overwrite."),
+        ("The same command continues from step 9.", "The same command without --overwrite cont"),
+        ("With the same command, each continues.", "the same command without --overwrite, each"),
+        ("Run the same command without --overwrite again.", "without --overwrite again."),
+        ("Nothing is saved. The same command starts anew.", "The same command starts anew."),
+        ("Run the same command again to start anew.", "the same command again to start anew."),
+    ],
+)
+def test_advice_to_continue_does_not_delete_what_is_saved(advice: str, shown: str) -> None:
+    for error in (UserError(advice), Interrupted(advice), ProcessMissing(advice)):
+        with pytest.raises(type(error), match=re.escape(shown)), keeping_what_is_saved(True):
+            raise error
+        same = f"^{re.escape(advice)}$"
+        with pytest.raises(type(error), match=same), keeping_what_is_saved(False):
+            raise type(error)(advice)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.row_notes import row_notes
 from consyn_jax.cli.choices.training_data import by_name, left_out_files, noticed
-from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
+from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.progress_bar import Bar
 from consyn_jax.cli.text_encoding import start_in_utf8
-from consyn_jax.errors import Interrupted, UserError, counted, listed
+from consyn_jax.errors import Interrupted, UserError, counted, keeping_what_is_saved, listed
 from consyn_jax.prepare_config import CorpusOptions, PrepareConfig
 from consyn_jax.resolve import resolve_preparation
 
@@ -207,8 +207,9 @@ def _delete_locked(path: Path, options: CorpusOptions) -> list[str]:
     from consyn_jax.data.store.manifest import PREPARING, delete_store
 
     try:
-        if (path / PREPARING).is_symlink():
-            (path / PREPARING).unlink()  # so that the lock is not made in the link's target
+        held = path / PREPARING
+        if held.is_symlink() or held.is_file():
+            held.unlink()  # the lock is made in a directory, and not in the target of a link
         with Destination(path, "", options, in_cache=False).locked(stop=lambda: False):
             left = remove_scratch(path)
             delete_store(path)

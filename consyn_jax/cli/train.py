@@ -13,7 +13,7 @@ from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.backend_choice import check_backends
 from consyn_jax.cli.choices.model_choice import check_start, choose_model
 from consyn_jax.cli.choices.prepared_run import prepared_run
-from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
+from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.proof.questions import asked
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
@@ -56,7 +56,7 @@ examples:
 
 Defaults are in brackets. If a flag is given twice, the last one counts; a flag
 of several values gets the values of both.
-Run the same command again to continue a run that was stopped.
+Run the same command again, without --overwrite, to continue a run that was stopped.
 Exit codes: 0 done, 2 wrong input, 3 diverged, 4 differs from a run's record,
 75 interrupted and saved, 76 another process died, hangs or did not start,
 130 and 143 interrupted with nothing to save."""
@@ -179,8 +179,7 @@ def train(
 
         trainer = ConsynTrainer(**prepared.trainer_inputs(prepared.settings))
         trainer.began = began
-        with keeping_what_is_saved(config.saving.overwrite and writes):
-            action(trainer)
+        action(trainer)
 
 
 def _check_directory(config: RunConfig) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.backend_choice import check_backends
 from consyn_jax.cli.choices.prepared_run import prepared_run
-from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
+from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
+from consyn_jax.errors import keeping_what_is_saved
 from consyn_jax.flags import flags, flat, grouped
 from consyn_jax.tuning.tune_options import NOT_HERE, TuneConfig, largest_size, resolve_tuning
 from consyn_jax.tuning.varied_run import VariedRun
@@ -33,8 +34,9 @@ examples:
   consyn-tune --config recipe.yaml --parametrization mup --ladder 4
 
 The flags of consyn-train that are listed work here, too; the flags in --search
-vary. Defaults are in brackets. Run the same command again to continue a study,
-or run it several times at once to share a study among processes.
+vary. Defaults are in brackets. Run the same command again, without --overwrite,
+to continue a study, or run it several times at once to share a study among
+processes.
 Exit codes: 0 done, 2 wrong input, 3 all trials diverged, 75 interrupted and
 saved, 130 and 143 interrupted with nothing to save."""
 

@@ -309,6 +309,8 @@ class TestOverwrite:
         Path("tokens/preparing").symlink_to("../elsewhere")
         prepared("--data", "rows.jsonl", "--overwrite")
         assert list(Path("elsewhere").iterdir()) == []
+        Path("tokens/preparing").write_text("a file")
+        prepared("--data", "corpus", "--overwrite")
 
     @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
     def test_a_full_disk_says_how_to_continue(

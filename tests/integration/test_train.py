@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from consyn_jax.cli.train import read_arguments
 from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError
 from consyn_jax.flags import flags
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.tokenization import BPETokenizer
@@ -267,6 +268,31 @@ def test_a_run_that_diverges_exits_with_3(
 
 
 class TestOverwrite:
+    @pytest.mark.parametrize(
+        ("function", "flags", "again"),
+        [
+            ("loop.write_beginning", ["--overwrite"], "again without --overwrite."),
+            ("loop.write_beginning", [], "again."),
+            ("open_run.open_run_directory", ["--overwrite"], "again."),
+        ],
+    )
+    def test_advice_leaves_it_out_once_the_old_run_is_deleted(
+        self,
+        here: Callable[..., Run],
+        corpus: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        function: str,
+        flags: list[str],
+        again: str,
+    ) -> None:
+        def fails(*_: object, **__: object) -> None:
+            raise UserError("The disk is full. Free space, and run the same command again.")
+
+        monkeypatch.setattr(f"consyn_jax.training.{function}", fails)
+        run = here(tmp_path / "run", *TINY, "--data", corpus, *flags)
+        assert (run.code, run.said.splitlines()[-1].rpartition("command ")[2]) == (2, again)
+
     @pytest.mark.slow
     def test_the_run_goes_and_what_is_not_of_it_stays(
         self, here: Callable[..., Run], corpus: Path, tmp_path: Path

@@ -296,6 +296,10 @@ def test_a_fault_that_is_not_of_the_values_ends_the_command_and_no_trial(
     ends_with("A device ran out of memory.")
     faults.training[0] = UserError("--output is now used by another process.")
     ends_with("--output is now used by another process.")
+    faults.training[0] = UserError("Run the same command again.")
+    assert faults.tune(output, "--overwrite") == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == "consyn-tune: Trial 0: Run the same command again without --overwrite."
     faults.training[0] = StepTooLarge("All trials need 9 GiB.")
     ends_with("All trials need 9 GiB.")
     faults.building[0] = UserError("A file is missing.")

@@ -37,7 +37,7 @@ class Memory:
 
 
 class StepTooLarge(UserError):
-    """The train step of a run needs more memory than a device has, also if nothing else uses it."""
+    """The train step of a run needs more memory than a device has, even an idle one."""
 
 
 def step_memory(compiled: Compiled) -> Memory:
@@ -153,8 +153,8 @@ def explain_out_of_memory(
         reason = brief(error)
         raise UserError(
             f"A device ran out of its {_gib(device_bytes())} of memory ({reason}); saved "
-            "checkpoints are intact. Stop other programs on the device, or run again with "
-            f"{smaller}."
+            "checkpoints are intact. Stop other programs on the device, or run the same command "
+            f"again, with {smaller}."
         ) from error
 
 

@@ -69,6 +69,10 @@ class _Unusable(UserError):
         self.fact = fact
 
 
+class _InUse(_Unusable):
+    """A directory of segments that another command has locked, which needs them."""
+
+
 def open_directory(root: Path) -> int:
     """Make the directory, or check one that exists; remove what a killed command left half-way.
 
@@ -118,7 +122,7 @@ def _locked(root: Path) -> int:
         if is_free and os.path.samestat(os.fstat(lock), path.stat()):
             return lock
     os.close(lock)
-    raise _Unusable(
+    raise _InUse(
         f"{root} is in use by another command, here or on another machine",
         "Wait for it, or give another --shared_directory.",
     )
@@ -210,14 +214,17 @@ def remove_scratch(output: Path) -> list[str]:
     for root in _noted(output):
         try:
             _remove(root)
+        except _InUse as refused:
+            left.append(f"{refused.fact}.")
         except _Unusable as refused:
             left.append(
                 f"{refused.fact}. Segments of this store that may be there are not needed any more."
             )
         except OSError as error:
+            advice = "" if error.errno == errno.ENOTEMPTY else " Delete it."  # else taken meanwhile
             left.append(
                 f"{root} may have segments of this store, which are not needed any more, and "
-                f"cannot be deleted from here ({error.strerror or error}). Delete it."
+                f"cannot be deleted from here ({error.strerror or error}).{advice}"
             )
     return left
 
