@@ -20,7 +20,7 @@ from consyn_jax.tuning.study_results import OUTCOME, OUTCOMES, STEP, STEPS
 
 LOCK = JOURNAL + ".lock"  # Optuna's lock file, a link to the journal
 LEFT_S = 1.0  # a lock that is not a link to the journal counts as left over after this time
-AGAIN = "Replace it with a good copy, or delete the study with --overwrite."
+REPLACE = "Replace it with a good copy, or delete the study with --overwrite."
 
 
 def refuse_links(output: Path) -> None:
@@ -58,7 +58,7 @@ def open_journal(optuna: Any, directory: Path) -> Any:
             f"{path} cannot be used: {error.strerror or error}. Name another --output."
         ) from error
     except Exception as error:  # Optuna checks no line that it reads
-        raise UserError(f"{path} is damaged ({brief(error)}). {AGAIN}") from error
+        raise UserError(f"{path} is damaged ({brief(error)}). {REPLACE}") from error
 
 
 def _remove_left_lock(lock: Path, file: str) -> None:
@@ -124,7 +124,7 @@ def check_trials(trials: Sequence[Any], space: Sequence[Dimension], place: str) 
     by_name = {dimension.name: dimension for dimension in space}
     for trial in trials:
         if fault := _fault(trial, by_name):
-            raise UserError(f"{place} is damaged: trial {trial.number} has {fault}. {AGAIN}")
+            raise UserError(f"{place} is damaged: trial {trial.number} has {fault}. {REPLACE}")
 
 
 def _fault(trial: Any, space: Mapping[str, Dimension]) -> str:

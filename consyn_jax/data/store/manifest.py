@@ -64,7 +64,7 @@ READ = (
     *("*.tokens", "*.index", "*.targets", "*.origins"),
 )
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
-AGAIN = "Delete the directory and prepare the data again."
+PREPARE_ANEW = "Delete the directory and prepare the data again."
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HEAD = re.compile(rb'"format"\s*:\s*"' + FORMAT.encode())
 _HEAD_BYTES = 1 << 16
@@ -162,7 +162,7 @@ def checked_manifest(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} {parse_fault(error)}. {AGAIN}") from error
+        raise UserError(f"{path} {parse_fault(error)}. {PREPARE_ANEW}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
             f"{path} is not the manifest of a token store. Give a directory that consyn_jax wrote."
@@ -170,11 +170,11 @@ def checked_manifest(directory: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if type(version) is not int or version not in READABLE:
         raise UserError(
-            f"{path} has format version {version!r}, but this consyn_jax reads 1, 2 and 3. {AGAIN}"
+            f"{path} has format version {version!r}, but this consyn_jax reads 1, 2 and 3. {PREPARE_ANEW}"
         )
     fault = _manifest_fault(manifest)
     if fault:
-        raise UserError(f"{path} is damaged: {fault}. {AGAIN}")
+        raise UserError(f"{path} is damaged: {fault}. {PREPARE_ANEW}")
     return manifest
 
 
@@ -198,19 +198,19 @@ def checked_sources(directory: Path, manifest: dict[str, Any]) -> list[dict[str,
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. {AGAIN}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}. {PREPARE_ANEW}") from error
     if hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{path} does not match its checksum in {MANIFEST}. {AGAIN}")
+        raise UserError(f"{path} does not match its checksum in {MANIFEST}. {PREPARE_ANEW}")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} {parse_fault(error)}. {AGAIN}") from error
+        raise UserError(f"{path} {parse_fault(error)}. {PREPARE_ANEW}") from error
     keys = {"name": str, "kind": str, "is_validation": bool, "sha256": list}
     if not isinstance(found, list) or not all(
         isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in keys.items())
         for entry in found
     ):
-        raise UserError(f"{path} is not a list of sources. {AGAIN}")
+        raise UserError(f"{path} is not a list of sources. {PREPARE_ANEW}")
     return found
 
 

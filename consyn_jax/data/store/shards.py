@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from consyn_jax.data.store.manifest import (
-    AGAIN,
+    PREPARE_ANEW,
     BETWEEN,
     GIVEN,
     MANIFEST,
@@ -294,7 +294,7 @@ def _check_size(file: NumberFile) -> None:
 
 
 def _damaged(fault: str) -> UserError:
-    return UserError(f"The token store is damaged: {fault}. {AGAIN}")
+    return UserError(f"The token store is damaged: {fault}. {PREPARE_ANEW}")
 
 
 class MemoryShard(Tokens):

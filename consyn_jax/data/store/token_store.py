@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.data.store.manifest import AGAIN, PAIRS_VERSION, read_manifest
+from consyn_jax.data.store.manifest import PREPARE_ANEW, PAIRS_VERSION, read_manifest
 from consyn_jax.data.store.shards import Shard
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError
@@ -55,7 +55,7 @@ class TokenStore:
         if tokenizer.sha256 != self.manifest["tokenizer_sha256"]:
             raise UserError(
                 f"The tokenizer in {self.directory} does not match the hash in its "
-                f"manifest. {AGAIN}"
+                f"manifest. {PREPARE_ANEW}"
             )
         return tokenizer
 
