@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, Integer
 
 from consyn_jax.data.packing import PackedSequences, Pieces, Sequences, document_groups
-from consyn_jax.data.store.manifest import AGAIN, BETWEEN, GIVEN
+from consyn_jax.data.store.manifest import BETWEEN, GIVEN, PREPARE_ANEW
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError
 
@@ -170,7 +170,9 @@ def _halves(
     first, ends = starts - starts[0], starts - starts[0] + lengths
     between = np.flatnonzero(marks == BETWEEN)
     if len(between) != len(first) or not ((first < between) & (between + 1 < ends)).all():
-        raise UserError(f"The token store is damaged: one of its documents is not a pair. {AGAIN}")
+        raise UserError(
+            f"The token store is damaged: one of its documents is not a pair. {PREPARE_ANEW}"
+        )
     begins = np.stack([first, between + 1], 1)
     stops = np.stack([between, ends], 1)
     targets = np.append(np.flatnonzero(marks == 1), len(marks))

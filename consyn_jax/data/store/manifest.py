@@ -170,7 +170,8 @@ def checked_manifest(directory: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if type(version) is not int or version not in READABLE:
         raise UserError(
-            f"{path} has format version {version!r}, but this consyn_jax reads 1, 2 and 3. {PREPARE_ANEW}"
+            f"{path} has format version {version!r}, but this consyn_jax reads 1, 2 and 3. "
+            f"{PREPARE_ANEW}"
         )
     fault = _manifest_fault(manifest)
     if fault:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from consyn_jax.data.saved_values import fits
-from consyn_jax.data.store.manifest import PREPARE_ANEW, ORIGIN_BYTES
+from consyn_jax.data.store.manifest import ORIGIN_BYTES, PREPARE_ANEW
 from consyn_jax.data.store.number_file import NumberFile
 from consyn_jax.data.store.shards import Shard, Tokens
 from consyn_jax.errors import UserError
@@ -93,7 +93,9 @@ class ShardWriter:
         path = self._paths[kind]
         # Check the size, because `truncate` would extend a short file with zeros.
         if size and (not path.is_file() or path.stat().st_size < size):
-            raise UserError(f"{path} was changed after the preparation was interrupted. {PREPARE_ANEW}")
+            raise UserError(
+                f"{path} was changed after the preparation was interrupted. {PREPARE_ANEW}"
+            )
         file = open(path, "r+b" if size else "w+b", opener=open_regular)  # noqa: SIM115
         file.truncate(size)
         file.seek(size)

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from consyn_jax.data.store.manifest import (
-    PREPARE_ANEW,
     BETWEEN,
     GIVEN,
     MANIFEST,
     ORIGIN_BYTES,
+    PREPARE_ANEW,
     token_dtype,
 )
 from consyn_jax.data.store.number_file import NumberFile

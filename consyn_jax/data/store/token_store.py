@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.data.store.manifest import PREPARE_ANEW, PAIRS_VERSION, read_manifest
+from consyn_jax.data.store.manifest import PAIRS_VERSION, PREPARE_ANEW, read_manifest
 from consyn_jax.data.store.shards import Shard
 from consyn_jax.data.store.store_split import StoreSplit
 from consyn_jax.errors import UserError
