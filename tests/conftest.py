@@ -115,12 +115,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`loss.png` is drawn in processes that a test starts, and in tests of the drawing.
+def short_endings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`loss.png` is drawn in processes that a test starts, and in tests of the drawing; samples of
+    users' length are in those, too.
 
-    In this process runs are short, and drawing would take a third of their time.
+    In this process runs are short, and either would take a third of their time.
     """
     if ending := sys.modules.get("consyn_jax.training.run.ending"):
+        monkeypatch.setattr(ending, "SAMPLE_TOKENS", 10)
         monkeypatch.setattr(
             ending, "write_loss_plot", lambda _, path: path.write_bytes(b"\x89PNG, not drawn")
         )

@@ -108,7 +108,8 @@ import consyn_jax.distributed.launch, consyn_jax.model.pretrained.weights, consy
 import consyn_jax.data.preparation.cached_store, consyn_jax.model.causal_lm, safetensors.numpy, jax.experimental.multihost_utils
 import orbax.checkpoint, matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image
 PIL.Image.init()
-import consyn_jax.cli.train
+import consyn_jax.cli.train, consyn_jax.training.run.ending
+consyn_jax.training.run.ending.SAMPLE_TOKENS = 10
 
 # Compiled programs are shared between processes, and between different numbers of them: the program is the same, and what JAX adds to its
 # key on CPUs, and not on GPUs, are the devices. JAX writes to its cache in process 0 only.

@@ -27,12 +27,13 @@ from consyn_jax.flags import flags
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.resolve import preset_architecture
 from consyn_jax.training import dataset as datasets
+from consyn_jax.training.run import ending
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 SMALL = ["--hidden_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_kv_heads", "2"]
 SMALL += ["--head_dim", "16", "--mlp_dim", "64"]
-SHORT = ["--max_steps", "6", "--max_tokens", "64", "--batch_size", "8", "--warmup_steps", "1"]
+SHORT = ["--max_steps", "3", "--max_tokens", "64", "--batch_size", "8", "--warmup_steps", "1"]
 SHORT += ["--gradient_accumulation_steps", "1", "--save_steps", "1", "--keep_last", "5", "--quiet"]
 STAND_INS = {"Qwen/Qwen3-0.6B": "qwen3", "gpt2/tokenizer.json": "qwen3/tokenizer.json"}
 STAND_INS |= {"120": "2", "20:24": "2:3", "epic-64xh200": "epic-64xh200"}
@@ -135,6 +136,7 @@ def world(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     patch.chdir(here)
     patch.setenv("WANDB_MODE", "offline")
     patch.setenv("WANDB_SILENT", "true")
+    patch.setattr(ending, "SAMPLE_TOKENS", 10)
     from consyn_jax.cli import prepare, train
 
     def run(command: Any, *words: str) -> None:
