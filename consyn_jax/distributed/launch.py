@@ -11,21 +11,35 @@ import atexit
 import importlib.metadata
 import os
 import platform
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 
 from consyn_jax.config import RunConfig
 from consyn_jax.distributed.cluster import Place, find_cluster
-from consyn_jax.distributed.process_group import ProcessGroup, set_current_process_group
+from consyn_jax.distributed.process_group import (
+    LOST,
+    ProcessGroup,
+    continue_advice,
+    set_current_process_group,
+)
 from consyn_jax.distributed.rendezvous import meet
 from consyn_jax.distributed.visible_gpus import visible_gpus
-from consyn_jax.errors import Diverged, Interrupted, UserError, settled, unsaved
+from consyn_jax.errors import (
+    REPEAT_S,
+    Diverged,
+    Interrupted,
+    Repeats,
+    UserError,
+    settled,
+    unsaved,
+)
 from consyn_jax.flags import flat
 
 PACKAGES = (
@@ -53,6 +67,7 @@ OWN = {
     "model",
     "checkpoint",
 }
+ENDING = (signal.SIGINT.name, signal.SIGTERM.name)  # a second one of these ends the process
 JAX_ERROR_S = 10.0  # time to find out whether the death of another process caused JAX's error
 
 
@@ -91,16 +106,18 @@ def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup
         raise
     else:
         texts = zip(process_group.names, _shut_down(process_group), strict=True)
-        for interruption in (f"{name}: {text}" for name, text in texts if text):
-            raise Interrupted(interruption)
+        found = [f"{name}: {text}" for name, text in texts if text]
+        if found:
+            raise Interrupted(found[0])
 
 
 def _shut_down(process_group: ProcessGroup, interruption: str = "") -> list[str]:
     """Wait for the other processes, and disconnect, at the end of a run in which none failed.
 
-    Process 0 may upload files for hours, and JAX's own wait would end after minutes. A signal does
-    not end the wait, because nothing is left to save here: process 0 gets the same signal, and then
-    ends its uploads.
+    Process 0 may upload files for hours, and JAX's own wait would end after minutes. A first signal
+    does not end the wait, because nothing is left to save here: usually process 0 gets the same
+    signal, and then ends its uploads. If it does not, a second SIGINT or SIGTERM here ends all
+    processes.
 
     Args:
         interruption: Message of the `Interrupted` that ended this process; "" if there was none.
@@ -117,13 +134,41 @@ def _shut_down(process_group: ProcessGroup, interruption: str = "") -> list[str]
         set_current_process_group(None)
         return texts
 
+    received, repeats = "", Repeats()
     with ThreadPoolExecutor(1, "disconnect") as threads:
         end = threads.submit(disconnect)
         while True:
             try:
+                if received:  # inside `try`, because another signal may follow at once
+                    _answer_signal(process_group, received, repeats)
                 return end.result()
             except KeyboardInterrupt as stopped:
-                settled(stopped)
+                received = settled(stopped)
+
+
+def _answer_signal(process_group: ProcessGroup, received: str, repeats: Repeats) -> None:
+    """Print what this finished process waits for; at a second signal, end all processes.
+
+    Args:
+        received: Name of the signal.
+        repeats: Record of earlier SIGINT and SIGTERM. Other signals never end the process.
+    """
+    place = repeats.place() if received in ENDING else "first"
+    if place == "first":
+        first = f"{process_group.names[0]}, which may still upload files"
+        awaited = first if process_group.process_id else "the other processes"
+        text = (
+            f"{received}: this process has finished, and waits for {awaited}. A second SIGINT or "
+            f"SIGTERM, at least {REPEAT_S:.0f} seconds after the first, ends all processes at once."
+        )
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, f"\n{text}\n".encode())
+    elif place == "second":
+        why = f"A second signal ({received}) ended this process before the end of the run."
+        try:
+            process_group.fail(LOST, f"{why} {continue_advice()}")
+        finally:  # also if a third signal comes
+            _end_at_once(128 + signal.Signals[received])
 
 
 def _fail(process_group: ProcessGroup, error: BaseException) -> None:
@@ -145,8 +190,9 @@ def _fail(process_group: ProcessGroup, error: BaseException) -> None:
 
 def _end_at_once(code: int) -> None:
     """Exit at once, without JAX's exit handlers, which would wait for the other processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the output may be closed
+            stream.flush()
     os._exit(code)
 
 

@@ -31,7 +31,7 @@ PARTING_S = 5.0  # time for the other processes to receive the reason for the en
 OUTPUT_S = 1.0
 LONGEST = 1 << 24  # bytes of a message
 LOST = 76  # exit code of the surviving processes: EX_PROTOCOL of sysexits.h
-AGAIN = f"The same command without --overwrite {CONTINUES}."
+CONTINUE_ADVICE = f"The same command {CONTINUES}."
 
 
 class Connection:
@@ -109,6 +109,25 @@ def set_current_process_group(process_group: ProcessGroup | None) -> None:
     """Set the result of `current_process_group`; called by `launch.runtime`."""
     global _current
     _current = process_group
+
+
+_deleted_by_overwrite = False
+
+
+def leave_out_overwrite() -> None:
+    """Add "without --overwrite" to `continue_advice`; called once the flag has deleted the old run.
+
+    Given again, the flag would delete the new run.
+    """
+    global _deleted_by_overwrite
+    _deleted_by_overwrite = True
+
+
+def continue_advice() -> str:
+    """Say how to continue a run that has lost a process or makes no progress."""
+    if _deleted_by_overwrite:
+        return f"The same command without --overwrite {CONTINUES}."
+    return CONTINUE_ADVICE
 
 
 class ProcessGroup:
@@ -209,7 +228,8 @@ class ProcessGroup:
             self._connections[0].send("stuck")
             self.await_end(2 * PARTING_S)
             self.before_end(True)
-            self._exit(LOST, f"No progress, and {self.names[0]} does not answer. {AGAIN}")
+            silence = f"No progress, and {self.names[0]} does not answer."
+            self._exit(LOST, f"{silence} {continue_advice()}")
         else:
             self._end_stuck()
             self.await_end(LOST_S)  # the run was already ending for another reason
@@ -330,7 +350,7 @@ class ProcessGroup:
                 self._end_all(LOST, self._lost(number, silence), origin=number)
 
     def _lost(self, number: int, what: str) -> str:
-        return f"{self.names[number]} {what}, so the run ends. {AGAIN}"
+        return f"{self.names[number]} {what}, so the run ends. {continue_advice()}"
 
     def _collect(self, number: int, gather: int, text: str) -> None:
         """In process 0, store a process's text; after the last text, send all texts to everyone."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from consyn_jax.config import RunConfig
+from consyn_jax.distributed.process_group import leave_out_overwrite
 from consyn_jax.errors import UserError
 from consyn_jax.files import remove
 from consyn_jax.flags import flat
@@ -71,6 +72,7 @@ def _repeats(path: Path, run: RunConfig) -> bool:
 
 
 def delete_study(output: Path) -> None:
-    """Delete the files of a study from its directory; other files stay."""
+    """Delete the files of a study from its directory, for `--overwrite`; other files stay."""
     for name in (PAGE, RECIPE, TRIALS_DIRECTORY, STUDY):
         remove(output / name)
+    leave_out_overwrite()

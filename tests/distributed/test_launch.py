@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from threads import together
 
+from consyn_jax import errors
 from consyn_jax.distributed import launch
 from consyn_jax.distributed.cluster import Place, find_cluster
 from consyn_jax.distributed.launch import facts, refuse_differences, runtime, share_devices
-from consyn_jax.distributed.process_group import ProcessGroup
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE, LOST, ProcessGroup
 from consyn_jax.errors import Interrupted, Unsaved, UserError, settled
 from consyn_jax.resolve import resolve
 
@@ -242,39 +243,45 @@ def two(monkeypatch: pytest.MonkeyPatch) -> list[ProcessGroup]:
 
 @pytest.fixture
 def dropped() -> Iterator[list[int]]:
-    """Signals that no code has settled. SIGUSR1 is raised as commands raise SIGTERM."""
+    """Signals that no code has settled. All are raised as commands raise SIGTERM."""
     found: list[int] = []
 
     def come(number: int, frame: FrameType | None) -> None:
         raise Unsaved(number, found.append)
 
-    before = signal.signal(signal.SIGUSR1, come)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, come) for number in numbers}
     yield found
-    signal.signal(signal.SIGUSR1, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def main_is_in(function: str) -> bool:
+    """Wait until the main thread is in a function; False if this takes too long."""
+    names, until = set[str](), time.monotonic() + 60
+    while function not in names and time.monotonic() < until:
+        time.sleep(0.01)
+        frame, names = sys._current_frames()[threading.main_thread().ident or 0], set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+    return function in names
 
 
 @pytest.mark.parametrize("said", ["", "SIGUSR1: the run is complete, and no longer waits."])
 def test_a_signal_while_process_0_still_uploads_does_not_say_that_nothing_is_saved(
     said: str, two: list[ProcessGroup], dropped: list[int]
 ) -> None:
-    """All processes end as process 0 does. The signal comes twice, and ends no wait."""
+    """All processes end as process 0 does. SIGUSR1 comes twice, and ends no wait."""
     run = resolve({"model": "haiku", **process("localhost:1", 2, 1)})[0]
     main = threading.main_thread().ident or 0
-
-    def main_is_in(function: str) -> bool:
-        names, until = set[str](), time.monotonic() + 60
-        while function not in names and time.monotonic() < until:
-            time.sleep(0.01)
-            frame, names = sys._current_frames()[main], set()
-            while frame is not None:
-                names.add(frame.f_code.co_name)
-                frame = frame.f_back
-        return function in names
+    waits: list[bool] = []
 
     def upload() -> None:
         with runtime(run):
             for _ in range(2):
-                if main_is_in("result"):
+                waits.append(main_is_in("result"))
+                if waits[-1]:
                     signal.pthread_kill(main, signal.SIGUSR1)
                 time.sleep(0.1)
             if said:
@@ -293,4 +300,85 @@ def test_a_signal_while_process_0_still_uploads_does_not_say_that_nothing_is_sav
         uploads = threads.submit(upload)
         assert wait() == (f"{two[0].names[0]}: {said}" if said else "")
         assert str(uploads.exception() or "") == said
+    assert waits == [True, True], "a signal was not sent"
+    assert dropped == []
+
+
+class Uploading:
+    """The processes of a run as process 1 sees them: process 0 uploads until process 1 fails."""
+
+    process_id, names = 1, ["process 0 (pid 7 on node1)", "process 1 (pid 8 on node1)"]
+
+    def __init__(self) -> None:
+        self.failed: list[tuple[int, str]] = []
+        self.is_over = threading.Event()
+
+    def gather(self, own: str) -> list[str]:
+        self.is_over.wait(60)
+        self.is_over.set()
+        return ["", own]
+
+    def leave(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def fail(self, code: int, sentence: str) -> None:
+        self.failed.append((code, sentence))
+        raise Unsaved(signal.SIGTERM)  # a third signal
+
+
+def test_a_second_signal_while_process_0_uploads_ends_all_processes(
+    dropped: list[int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGUSR1 and repeats of the first signal do not count as the second."""
+    main, now = threading.main_thread().ident or 0, [0.0]
+    group: Any = Uploading()
+    waits: list[bool] = []
+    received: list[str] = []
+
+    def settle(stopped: KeyboardInterrupt) -> str:
+        name = settled(stopped)
+        received.append(name)  # the main thread is in `_shut_down`, and not yet in `result` again
+        return name
+
+    def end(code: int) -> None:
+        group.is_over.set()
+        sys.exit(code)
+
+    def send() -> None:
+        for number, at_s in (("USR1", 0), ("INT", 10), ("TERM", 11), ("USR1", 13), ("TERM", 14)):
+            waits.append(main_is_in("result"))
+            now[0], count = at_s, len(received) + 1
+            if waits[-1]:
+                signal.pthread_kill(main, signal.Signals[f"SIG{number}"])
+            while len(received) < count and not group.is_over.is_set():
+                time.sleep(0.01)
+
+    monkeypatch.setattr(errors, "monotonic", lambda: now[0])
+    monkeypatch.setattr(launch, "settled", settle)
+    monkeypatch.setattr(launch, "_end_at_once", end)
+    monkeypatch.setattr(launch, "set_current_process_group", lambda none: None)
+    monkeypatch.setattr(launch, "continue_advice", lambda: CONTINUE_ADVICE)
+    monkeypatch.setattr(launch.jax.distributed, "shutdown", lambda: None)
+    with ThreadPoolExecutor(1) as threads:
+        sent = threads.submit(send)
+        with pytest.raises(SystemExit) as ended:
+            launch._shut_down(group)
+        sent.result()
+    assert waits == [True] * 5
+    assert ended.value.code == 143
+    assert group.failed == [
+        (
+            LOST,
+            "A second signal (SIGTERM) ended this process before the end of the run. "
+            f"{CONTINUE_ADVICE}",
+        )
+    ]
+    said = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert said == [
+        f"{name}: this process has finished, and waits for process 0 (pid 7 on node1), which may "
+        "still upload files. A second SIGINT or SIGTERM, at least 2 seconds after the first, ends "
+        "all processes at once."
+        for name in ("SIGUSR1", "SIGINT", "SIGUSR1")
+    ]
     assert dropped == []

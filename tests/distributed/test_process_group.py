@@ -15,7 +15,7 @@ import pytest
 from free_ports import free_port
 from threads import close, together
 
-from consyn_jax.distributed.process_group import AGAIN, LOST, ProcessGroup
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE, LOST, ProcessGroup
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def before_end(stuck):
     print(("stuck, alone" if alone else "stuck") if stuck else "ended", flush=True)
 group.before_end = before_end
 group.progress = {"step": number}
+if sys.argv[5] == "overwritten": p.leave_out_overwrite()
 group.gather("")
 time.sleep(0.5)
 match deed:
@@ -66,12 +67,15 @@ time.sleep(240)
 """
 
 
-def outcomes(deed: str, by: int, count: int = 3) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each process when process `by` does the deed."""
+def outcomes(deed: str, by: int, count: int = 3, run: str = "") -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each process when process `by` does the deed.
+
+    `run` is "overwritten" if --overwrite has deleted an old run.
+    """
     command = [sys.executable, "-c", PROCESS, str(free_port()), str(count)]
     processes = [
         subprocess.Popen(
-            [*command, str(number), deed if number == by else "wait"],
+            [*command, str(number), deed if number == by else "wait", run],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -92,13 +96,18 @@ def outcomes(deed: str, by: int, count: int = 3) -> list[tuple[int, str, str]]:
 
 @pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize(
-    ("deed", "words"), [("die", "is gone"), ("freeze", "has sent no heartbeat for N s")]
+    ("deed", "words", "run"),
+    [("die", "is gone", ""), ("freeze", "has sent no heartbeat for N s", "overwritten")],
 )
 def test_a_dead_or_frozen_process_ends_the_others_and_is_named(
-    deed: str, words: str, by: int
+    deed: str, words: str, run: str, by: int
 ) -> None:
-    message = f"\nconsyn-train: process {by} (PID) {words}, so the run ends. {AGAIN}\n"
-    for number, outcome in enumerate(outcomes(deed, by)):
+    """The advice leaves out --overwrite only if it would delete the new run."""
+    advice = CONTINUE_ADVICE
+    if run:
+        advice = advice.replace("command", "command without --overwrite")
+    message = f"\nconsyn-train: process {by} (PID) {words}, so the run ends. {advice}\n"
+    for number, outcome in enumerate(outcomes(deed, by, run=run)):
         assert number == by or outcome == (LOST, "ended\n", message)
 
 

@@ -12,7 +12,7 @@ import pytest
 from free_ports import free_port
 from transformers import AutoModelForCausalLM
 
-from consyn_jax.distributed.process_group import AGAIN, LOST
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE, LOST
 
 from .conftest import Run
 from .nursery import FLAGS, SLOW, TRACKED, Child, Nursery, held, trained
@@ -65,7 +65,7 @@ def test_one_of_four_is_killed_and_two_continue_the_run_and_stop_early_together(
         assert four[number].code == LOST, four[number].said
         assert (
             sentence(four[number])
-            == f"consyn-train: {who(2, four[2])} is gone, so the run ends. {AGAIN}\n"
+            == f"consyn-train: {who(2, four[2])} is gone, so the run ends. {CONTINUE_ADVICE}\n"
         )
     two = nursery.together(*flags, "--output", path)
     assert [child.wait() for child in two] == [0, 0], [child.said for child in two]
@@ -112,7 +112,9 @@ def test_one_of_two_is_killed(victim: int, nursery: Nursery, corpus: Path, tmp_p
         assert "JAX distributed service detected fatal errors" in survivor.said
         return
     assert survivor.code == LOST, survivor.said
-    ended = f"consyn-train: {who(victim, two[victim])} is gone, so the run ends. {AGAIN}\n"
+    ended = (
+        f"consyn-train: {who(victim, two[victim])} is gone, so the run ends. {CONTINUE_ADVICE}\n"
+    )
     assert ended in survivor.said
 
 

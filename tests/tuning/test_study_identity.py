@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 
 from consyn_jax.config_file import DERIVED, describe
+from consyn_jax.distributed import process_group
 from consyn_jax.errors import UserError
 from consyn_jax.resolve import resolve
 from consyn_jax.training.run import opening
+from consyn_jax.tuning.ladder.ladder_run import delete_ladder
 from consyn_jax.tuning.ladder.rung_run import RungRun
 from consyn_jax.tuning.optuna_study import OptunaStudy
 from consyn_jax.tuning.search_space import Dimension
-from consyn_jax.tuning.study_directory import best_directory, check_output
+from consyn_jax.tuning.study_directory import best_directory, check_output, delete_study
 from consyn_jax.tuning.study_identity import check_study, identify, mark_trial
 from consyn_jax.tuning.tune_options import StudyOptions
 
@@ -45,6 +48,16 @@ def train(opened: OptunaStudy, output: Path) -> Path:
 
 def files(output: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("delete", [delete_study, delete_ladder])
+def test_once_the_old_trials_are_deleted_the_watchdog_does_not_advise_to_overwrite(
+    delete: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of a study have no --overwrite of their own."""
+    monkeypatch.setattr(process_group, "_deleted_by_overwrite", False)
+    delete(tmp_path)
+    assert "without --overwrite" in process_group.continue_advice()
 
 
 def test_a_study_goes_on_with_its_own_trials(tmp_path: Path) -> None:

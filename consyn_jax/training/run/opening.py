@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.config import RunConfig
-from consyn_jax.distributed.process_group import ProcessGroup, current_process_group
+from consyn_jax.distributed.process_group import (
+    ProcessGroup,
+    current_process_group,
+    leave_out_overwrite,
+)
 from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory, restore_replaced
 from consyn_jax.integers import natural
@@ -62,7 +66,7 @@ def open_run_directory(
     """
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:
-        return _opened_by_first(path, process_group)
+        return _opened_by_first(config, process_group)
     holds_run = check_output(config, derived, is_trial=is_trial)
     if not write:
         return RunDirectory(path, holds_run, RunRecord.read(path) or RunRecord.new())
@@ -74,7 +78,7 @@ def open_run_directory(
         fetch(path)
         holds_run = check_output(config, derived, is_trial=is_trial)  # it may have changed since
         if config.saving.overwrite:
-            delete_run(path)
+            _overwrite(path)
         is_adopted = holds_run and not (path / RUN_JSON).exists()
         record = _record(path, holds_run)
         lock.sign(record.run)
@@ -92,6 +96,11 @@ def open_run_directory(
     return RunDirectory(path, holds_run, record, lock, is_adopted, place=place)
 
 
+def _overwrite(path: Path) -> None:
+    delete_run(path)
+    leave_out_overwrite()
+
+
 def _record(path: Path, holds_run: bool) -> RunRecord:
     """Return the identity of the run that starts, or is resumed, in a directory."""
     if not holds_run:
@@ -104,9 +113,12 @@ def _record(path: Path, holds_run: bool) -> RunRecord:
     return dataclasses.replace(new, run=run, unsigned_until=-1) if isinstance(run, str) else new
 
 
-def _opened_by_first(path: Path, process_group: ProcessGroup) -> RunDirectory:
+def _opened_by_first(config: RunConfig, process_group: ProcessGroup) -> RunDirectory:
     """Wait until this process sees the lock of process 0, and return the run directory."""
+    path = run_path(config)
     holds_run, holder, record = json.loads(process_group.gather("")[0])
+    if config.saving.overwrite:
+        leave_out_overwrite()
     deadline = time.monotonic() + SHARED_S
     while read_holder(path) != holder:
         if time.monotonic() > deadline:

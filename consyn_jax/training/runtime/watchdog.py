@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.distributed.process_group import AGAIN, LOST, ProcessGroup
+from consyn_jax.distributed.process_group import LOST, ProcessGroup, continue_advice
 from consyn_jax.files import open_regular, write_whole
 
 STEP_TIMES = 20  # allowed time without progress, in median step times
@@ -134,7 +134,7 @@ class Watchdog:
         return f"No progress for {self._still_s:.0f} s{usual}"
 
     def _hint(self) -> str:
-        return f"The stack traces are in {self._directory}. {AGAIN}"
+        return f"The stack traces are in {self._directory}. {continue_advice()}"
 
     def _compare(self, everyone: list[dict[str, Any]]) -> str:
         """Describe the processes that all others wait for; called in process 0."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.config import RunConfig
+from consyn_jax.distributed.process_group import leave_out_overwrite
 from consyn_jax.errors import UserError
 from consyn_jax.files import make_directory, remove, write_whole
 from consyn_jax.model.arithmetic import train_flops_per_token
@@ -270,7 +271,7 @@ def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> 
 
 
 def delete_ladder(output: Path) -> None:
-    """Delete the files of a ladder, and no others, in its directory.
+    """Delete the files of a ladder, and no others, in its directory, for `--overwrite`.
 
     Raises:
         UserError: another process trains one of the sizes.
@@ -279,3 +280,4 @@ def delete_ladder(output: Path) -> None:
         check_free(path)
     for name in (PAGE, JSON, SIZES):
         remove(output / name)
+    leave_out_overwrite()

@@ -1,11 +1,17 @@
+import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from run_directories import DERIVED, begin, holds_run, run
 
+from consyn_jax.distributed import process_group
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE, ProcessGroup, continue_advice
 from consyn_jax.errors import UserError
+from consyn_jax.training.run import opening
+from consyn_jax.training.run.lock import read_holder
 from consyn_jax.training.run.opening import open_run_directory
 
 
@@ -50,6 +56,34 @@ def test_overwriting_does_not_delete_inputs_of_the_run(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"--overwrite would delete --{next(iter(flags))} "):
             holds_run(run(tmp_path, overwrite=True, **flags)[0])
     assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_once_the_old_run_is_deleted_no_process_advises_to_overwrite(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the same command without --overwrite would continue the old run."""
+    begin(tmp_path)
+    config, _ = run(tmp_path, overwrite=overwrite)
+    advice: list[str] = []
+    monkeypatch.setattr(process_group, "_deleted_by_overwrite", False)
+    first = open_run_directory(config, DERIVED, fetch=lambda path: advice.append(continue_advice()))
+    advice.append(continue_advice())
+
+    message = json.dumps([first.holds_run, read_holder(tmp_path), asdict(first.record)])
+
+    def gather(own: str) -> list[str]:
+        advice.append(continue_advice())
+        return [message, own]
+
+    monkeypatch.setattr(process_group, "_deleted_by_overwrite", False)
+    other = Mock(spec=ProcessGroup, gather=gather)
+    monkeypatch.setattr(opening, "current_process_group", lambda: other)
+    open_run_directory(config, DERIVED, write=False).close()
+    advice.append(continue_advice())
+    first.close()
+    without = CONTINUE_ADVICE.replace("command", "command without --overwrite")
+    assert advice == [CONTINUE_ADVICE, without if overwrite else CONTINUE_ADVICE] * 2
 
 
 def test_a_directory_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
