@@ -23,7 +23,7 @@ from consyn_jax.flags import flags, flat
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.training.optim.schedules import build_schedule
-from consyn_jax.training.runtime.memory import StepTooLarge
+from consyn_jax.training.runtime.memory import OutOfMemory, StepTooLarge
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
 from consyn_jax.tuning.lanes.lane_programs import LanePrograms, pays, step_seconds
@@ -53,7 +53,12 @@ from consyn_jax.tuning.study_results import (
     table,
 )
 from consyn_jax.tuning.trial_run import TrialRun, end_trial, has_begun
-from consyn_jax.tuning.trial_trainer import TrialTrainer, ValuesRefused, refusing_values
+from consyn_jax.tuning.trial_trainer import (
+    TrialTrainer,
+    ValuesRefused,
+    refusing_values,
+    trainer_of_study,
+)
 from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, parse_lanes, seconds
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
@@ -88,9 +93,10 @@ class Tuning:
         self.metric, self.output = config.study.metric, Path(config.saving.output)
         self.maximize = bool(is_greater_better(self.metric))
         self.space = parse_search(config.study.search)
-        trainer = ConsynTrainer(**trainer_inputs(base))
+        trainer = trainer_of_study(
+            self.space, varied, lambda settings: ConsynTrainer(**trainer_inputs(settings))
+        )
         steps = trainer.total_steps
-        trainer.build()  # before the first trial, as this machine may be unable to train any
         check_space(self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps))
         evaluations = num_evaluations(trainer, self.metric, self.options.pruner)
         if config.saving.overwrite:
@@ -119,8 +125,8 @@ class Tuning:
         Raises:
             Interrupted: a signal ended the current trials; the same command continues them.
             Diverged, UserError: no trial is done; see `check_results`.
-            UserError: a trial failed whose values are not the reason, and is not ended; or
-                `MOST_FAILURES` trials failed in a row.
+            UserError: a trial failed for a reason other than its values; it stays open. Or
+                `MOST_FAILURES` trials failed in a row, and the study is not finished.
         """
         self._print_header()
         if self.options.vectorize is None:
@@ -135,7 +141,7 @@ class Tuning:
         return results
 
     def _check_failures(self, results: StudyResults) -> None:
-        """Check that not all trials failed, and not the last `MOST_FAILURES` of this command."""
+        """Check that not all trials failed, and that failures did not end the command early."""
         failed = results.count(FAILED)
         reasons = [t.user_attrs[FAILURE] for t in self.study.trials if FAILURE in t.user_attrs]
         if reasons and failed == len(results.trials):
@@ -143,7 +149,8 @@ class Tuning:
                 f"All {failed} trials failed, the last one because: {reasons[-1]} Then start again "
                 "with --overwrite."
             )
-        if reasons and self.failures >= MOST_FAILURES:
+        is_cut_short = len(results.trials) < self.limit
+        if reasons and is_cut_short and self.failures >= MOST_FAILURES:
             raise UserError(
                 f"{self.failures} trials in a row failed, the last one because: {reasons[-1]} Then "
                 "the same command goes on with the study."
@@ -199,6 +206,7 @@ class Tuning:
         shared, signals = self.shared, None
         if lane is not None:
             shared, signals = LanePrograms(shared, lanes, lane), lane.signals
+        begun = has_begun(path)  # by an earlier process, perhaps on another machine
         try:
             with refusing_values():
                 settings = self._trial_settings(claim.values, path, is_alone=lane is None)
@@ -208,10 +216,9 @@ class Tuning:
         except UserError as error:
             is_refused = isinstance(error, ValuesRefused) or (
                 # Otherwise all trials have the same program.
-                isinstance(error, StepTooLarge) and any(self.compiled)
+                isinstance(error, StepTooLarge | OutOfMemory) and any(self.compiled)
             )
-            # An earlier process may have trained these values, on another machine.
-            if not is_refused or has_begun(path):
+            if not is_refused or begun:
                 raise UserError(f"Trial {claim.number}: {error}") from error
             facts = {OUTCOME: FAILED, FAILURE: str(error)}
             end_trial(self.study, claim, path, None, facts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,12 @@ from consyn_jax.training.open_run import RunInputs
 from consyn_jax.training.program import Built
 from consyn_jax.training.runtime.signals import Signals
 from consyn_jax.training.trainer import ConsynTrainer
-from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
+from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram, flags_of_programs
+from consyn_jax.tuning.space.space_checks import points_to_check, refusal
+from consyn_jax.tuning.varied_run import Settings, VariedRun
+
+MOST_BUILDS = 100  # trials to build in search of one that this machine can train
 
 
 class ValuesRefused(UserError):
@@ -34,6 +40,43 @@ def refusing_values() -> Iterator[None]:
                 raise
             cause = cause.__cause__
         raise ValuesRefused(str(error)) from error
+
+
+def trainer_of_study(
+    space: Sequence[Dimension], varied: VariedRun, make: Callable[[Settings], ConsynTrainer]
+) -> ConsynTrainer:
+    """Check that this machine can train some trial, and return a trainer for facts of the study.
+
+    These facts must not depend on the machine. The trainer is therefore that of the first values
+    with which `make` returns one, also if this machine cannot build its program.
+
+    Args:
+        make: function that returns the trainer of a run.
+
+    Raises:
+        UserError: none of the trials can be built; up to `MOST_BUILDS` are tried. Or a file or a
+            package is missing.
+    """
+    first = {dimension.name: dimension.ends[0] for dimension in space}
+    points = points_to_check(flags_of_programs(space, varied))  # others change no program
+    if len(points) > MOST_BUILDS:
+        points = [points[0], *random.Random(0).sample(points[1:], MOST_BUILDS - 1)]
+    found: ConsynTrainer | None = None
+    refused: list[tuple[dict[str, Any], ValuesRefused]] = []
+    for values in points:
+        try:
+            with refusing_values():
+                trainer = make(varied.with_values({**first, **values}))
+                found = trainer if found is None else found
+                trainer.build()
+        except ValuesRefused as error:
+            refused.append((values, error))
+        else:
+            return found
+    values, cause = refused[0]
+    if len({str(error) for _, error in refused}) == 1:  # the values are not its cause
+        raise UserError(str(cause)) from cause
+    raise refusal(values, str(cause)) from cause
 
 
 class TrialTrainer(ConsynTrainer):

@@ -18,7 +18,7 @@ from consyn_jax.cli import train, tune
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flat
 from consyn_jax.training import ConsynTrainer
-from consyn_jax.training.runtime.memory import StepTooLarge
+from consyn_jax.training.runtime.memory import OutOfMemory, StepTooLarge
 from consyn_jax.tuning.study_identity import mark_trial
 from consyn_jax.tuning.trial_run import TrialRun, end_trial
 from consyn_jax.tuning.trial_trainer import TrialTrainer
@@ -38,6 +38,7 @@ SEARCH = [
 ]
 SEARCH += ["seed=1:99", "dropout=0.05:0.2", "max_grad_norm=0.5:2"]
 SEARCH += ["label_smoothing=0.01:0.2", "z_loss=0.0001:0.001"]
+STEP_2 = '{"step": 2, "tokens": 1, "time_s": 1.0, "train/loss": 1.0}\n'
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -220,6 +221,7 @@ class Faults:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, start: list[str]) -> None:
         self.start, self.building = start, dict[int, UserError]()
         self.training, self.search = dict[int, UserError](), "seed=1:99"
+        self.begun = set[int]()  # values of trials that take a step before their error
         plain, faults = TrialTrainer.build, self
 
         def build(self: TrialTrainer, *schedule: Any) -> Any:
@@ -228,6 +230,8 @@ class Faults:
 
         def train(self: TrialRun) -> str:
             mark_trial(self.path, self.study.identity, self.claim.values)
+            if self.claim.values[faults.flag] in faults.begun:
+                (self.path / "metrics.jsonl").write_text(STEP_2)
             faults._raise(faults.training, self.claim.values[faults.flag])
             end_trial(self.study, self.claim, self.path, 1.0, {"outcome": "done"})
             return "done"
@@ -260,14 +264,18 @@ def test_a_trial_whose_values_are_refused_fails_and_the_study_goes_on(
     """With an error that only the trial itself shows."""
     faults.search = "gradient_accumulation_steps=1:12"
     faults.building = {number: UserError(f"No {number}.") for number in (1, 5, 9)}
-    faults.training = {number: StepTooLarge(f"No room for {number}.") for number in (3, 7, 11)}
+    faults.training = {number: StepTooLarge(f"No room for {number}.") for number in (3, 7)}
+    faults.training |= {number: OutOfMemory(f"No memory for {number}.") for number in (10, 11)}
+    faults.begun = {11}
     output = tmp_path / "a"
     assert faults.tune(output, "--trials", "99") == 0
     said = capfd.readouterr()
     assert "steps 1: no value, failed: No 1." in said.err
     assert "steps 3: no value, failed: No room for 3." in said.err
+    assert "steps 10: no value, failed: No memory for 10." in said.err
+    assert "steps 11: no value, failed: No memory for 11." in said.err
     assert "The search space has 12 points, and all have been tried." in said.err
-    assert "6 done, 6 failed" in (output / "study.html").read_text()
+    assert "5 done, 7 failed" in (output / "study.html").read_text()
     faults.search = "seed=1:99"
     # A study does not lose all its trials to one fault, also if others are done.
     faults.building[0] = UserError("No seed.")
@@ -280,6 +288,38 @@ def test_a_trial_whose_values_are_refused_fails_and_the_study_goes_on(
     assert faults.tune(tmp_path / "b", "--time_budget", "1h") == 2
     assert "5 trials in a row failed, the last one because: No seed." in capfd.readouterr().err
     assert len(trials(tmp_path / "b")) == 12
+    # A finished study has nothing to go on with.
+    assert faults.tune(tmp_path / "b", "--trials", "17") == 0
+    assert "in a row" not in capfd.readouterr().err
+    assert len(trials(tmp_path / "b")) == 17
+
+
+def test_first_values_that_are_refused_end_no_study_of_others(
+    faults: Faults,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = ConsynTrainer.build
+
+    def build(self: ConsynTrainer, *schedule: Any) -> Any:
+        faults._raise(faults.building, self.run.budget.gradient_accumulation_steps)
+        return plain(self, *schedule)
+
+    monkeypatch.setattr(ConsynTrainer, "build", build)
+    faults.search = "gradient_accumulation_steps=1,2"
+    faults.building = {number: UserError(f"No {number}.") for number in (1, 2)}
+    assert faults.tune(tmp_path / "study") == 2
+    assert capfd.readouterr().err == (
+        "consyn-tune: A trial of --search with --gradient_accumulation_steps 1 is refused: No 1.\n"
+    )
+    assert not (tmp_path / "study" / "study").exists()
+    del faults.building[2]
+    assert faults.tune(tmp_path / "study") == 0
+    assert "gradient_accumulation_steps 1: no value, failed: No 1." in capfd.readouterr().err
+    faults.building = {0: UserError("No mesh fits.")}  # whatever the values are
+    assert faults.tune(tmp_path / "other") == 2
+    assert capfd.readouterr().err == "consyn-tune: No mesh fits.\n"
 
 
 def test_a_fault_that_is_not_of_the_values_ends_the_command_and_no_trial(
@@ -292,7 +332,7 @@ def test_a_fault_that_is_not_of_the_values_ends_the_command_and_no_trial(
         assert capfd.readouterr().err.splitlines()[-1] == f"consyn-tune: Trial 0: {sentence}"
         assert trials(output) == {0: "RUNNING"}
 
-    faults.training[0] = UserError("A device ran out of memory.")
+    faults.training[0] = OutOfMemory("A device ran out of memory.")
     ends_with("A device ran out of memory.")
     faults.training[0] = UserError("--output is now used by another process.")
     ends_with("--output is now used by another process.")
@@ -308,7 +348,7 @@ def test_a_fault_that_is_not_of_the_values_ends_the_command_and_no_trial(
     # An earlier process has trained this trial: a smaller machine must not lose it.
     log = output / "trials" / "0000" / "metrics.jsonl"
     (log.parent / "checkpoints" / "2").mkdir(parents=True)
-    log.write_text('{"step": 2, "tokens": 1, "time_s": 1.0, "train/loss": 1.0}\n')
+    log.write_text(STEP_2)
     faults.building[0] = StepTooLarge("The train step needs 9 GiB.")
     ends_with("The train step needs 9 GiB.")
     assert (log.parent / "checkpoints" / "2").exists()

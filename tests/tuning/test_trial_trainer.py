@@ -5,18 +5,22 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_trials import MODEL, ROWS
 
 from consyn_jax.errors import Interrupted, UserError
+from consyn_jax.flags import flat
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.logging.tracking.callbacks import RunView
+from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.shared_programs import SharedPrograms
 from consyn_jax.tuning.study_identity import mark_trial
-from consyn_jax.tuning.trial_trainer import TrialTrainer
+from consyn_jax.tuning.trial_trainer import MOST_BUILDS, TrialTrainer, trainer_of_study
+from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 
 def trainer(path: Path, shared: SharedPrograms, **settings: Any) -> TrialTrainer:
@@ -104,3 +108,48 @@ def test_the_same_trial_goes_on_from_its_checkpoint(tmp_path: Path, shared: Shar
     assert again["step"] == 6
     assert again["eval/loss"] == whole["eval/loss"]
     assert "resume" in [line.get("event") for line in lines(tmp_path / "parts")]
+
+
+class Machine:
+    """Makes trainers of runs with other numbers of layers, some of which it cannot build."""
+
+    def __init__(self, *, makes: Callable[[int], bool], builds: Callable[[int], bool]) -> None:
+        self.makes, self.builds, self.tried = makes, builds, list[int]()
+
+    def make(self, settings: Settings) -> Any:
+        layers = flat(settings[0])["num_layers"]
+        self.tried.append(layers)
+        self._check(self.makes, layers)
+        return SimpleNamespace(layers=layers, build=lambda: self._check(self.builds, layers))
+
+    def _check(self, works: Callable[[int], bool], layers: int) -> None:
+        if not works(layers):
+            raise UserError(f"No {layers} layers.")
+
+    def trainer(self, *space: Dimension) -> Any:
+        return trainer_of_study(space, VariedRun({"model": "haiku"}, {}), self.make)
+
+
+@pytest.mark.parametrize("fitting", [3, 4])
+def test_the_facts_of_a_study_do_not_depend_on_what_the_machine_can_build(fitting: int) -> None:
+    layers, rate = Dimension("num_layers", choices=(1, 2, 3, 4)), Dimension("lr", 0.1, 0.2)
+    machine = Machine(makes=lambda n: n > 1, builds=lambda n: n == fitting)
+    assert machine.trainer(rate, layers).layers == 2
+    assert machine.tried == list(range(1, fitting + 1))
+
+
+def test_a_study_of_which_nothing_can_be_built_is_refused_with_its_first_values() -> None:
+    machine = Machine(makes=lambda n: True, builds=lambda n: False)
+    with pytest.raises(UserError, match=r"^A trial of .* --num_layers 1 is refused: No 1 layers"):
+        machine.trainer(Dimension("num_layers", 1, 300))
+    assert machine.tried[0] == 1
+    assert len(set(machine.tried)) == len(machine.tried) == MOST_BUILDS
+
+
+def test_a_missing_package_is_no_fault_of_the_first_values() -> None:
+    def make(settings: Settings) -> Any:
+        raise UserError("A package is missing.") from ImportError()
+
+    space = [Dimension("num_layers", 1, 3)]
+    with pytest.raises(UserError, match=r"^A package is missing\.$"):
+        trainer_of_study(space, VariedRun({"model": "haiku"}, {}), make)

@@ -40,6 +40,10 @@ class StepTooLarge(UserError):
     """The train step of a run needs more memory than a device has, even an idle one."""
 
 
+class OutOfMemory(UserError):
+    """A device ran out of memory while a program ran; other programs may use the device."""
+
+
 def step_memory(compiled: Compiled) -> Memory:
     """Return the memory of a compiled step; the state counts once, because it is donated."""
     sizes: Any = compiled.memory_analysis()
@@ -138,7 +142,7 @@ def _alternatives(
 def explain_out_of_memory(
     smaller: str = "a smaller --batch_size and a larger --gradient_accumulation_steps",
 ) -> Iterator[None]:
-    """Convert a device's out-of-memory error to a `UserError`.
+    """Convert a device's out-of-memory error to `OutOfMemory`.
 
     A step that fits can still run out of memory if other programs use the device.
 
@@ -151,7 +155,7 @@ def explain_out_of_memory(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = brief(error)
-        raise UserError(
+        raise OutOfMemory(
             f"A device ran out of its {_gib(device_bytes())} of memory ({reason}); saved "
             "checkpoints are intact. Stop other programs on the device, or run the same command "
             f"again, with {smaller}."

@@ -49,10 +49,15 @@ def check_space(
     values, first = refused[0]
     if str(first) == str(plain):
         raise first
-    about = " ".join(f"--{name} {as_text(value)}" for name, value in values.items())
     advice = _advice(space, [values for values, _ in refused])
     reason = str(first) if advice is None else f"{brief(first)}. {advice}"
-    raise UserError(f"A trial of --search with {about} is refused: {reason}") from first
+    raise refusal(values, reason) from first
+
+
+def refusal(values: Mapping[str, Any], reason: str) -> UserError:
+    """Build the error that refuses the trial with these values by flag name."""
+    about = " ".join(f"--{name} {as_text(value)}" for name, value in values.items())
+    return UserError(f"A trial of --search with {about} is refused: {reason}")
 
 
 def points_to_check(space: Sequence[Dimension]) -> list[dict[str, Any]]:

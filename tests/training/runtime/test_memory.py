@@ -19,6 +19,7 @@ from consyn_jax.resolve import resolve
 from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.runtime import memory
 from consyn_jax.training.runtime.memory import (
+    OutOfMemory,
     compile_to_fit,
     explain_out_of_memory,
     step_memory,
@@ -225,7 +226,7 @@ def test_a_run_in_half_batches_is_the_same_run(
 def test_out_of_memory_is_a_user_error_and_other_errors_stay() -> None:
     with (
         pytest.raises(
-            UserError,
+            OutOfMemory,
             match=r"A device ran out of its .* of memory \(RESOURCE_EXHAUSTED: Out of memory",
         ),
         explain_out_of_memory(),
