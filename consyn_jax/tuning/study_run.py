@@ -5,6 +5,7 @@ Trials are trained one after the other, or side by side in threads, which are ca
 
 from __future__ import annotations
 
+import gc
 import math
 import shlex
 import sys
@@ -189,6 +190,7 @@ class Tuning:
                 outcome = self._train(claim, lanes, lane)
             finally:
                 claim.release()
+            gc.collect()  # reference cycles keep the trial's state on the device
             self.failures = self.failures + 1 if outcome == FAILED else 0
             results = self.write_results()
             self._note(claim, outcome, results)
