@@ -1,8 +1,9 @@
 """The configuration of a run as frozen dataclasses: each flag's default and help, and the presets.
 
-Optimizer flags and recipes are in `optimizer_config`, document flags in `prepare_config`. A resumed run must
-not change a flag with `math=True` (`flags.py`). Only the standard library is imported, so that
-`consyn-train --help` is instant. `resolve` fills in the configuration and `validation` checks it.
+Optimizer flags and recipes are in `optimizer_config`, document flags in `prepare_config`. A resumed
+run must not change a flag with `math=True` (`flags.py`). Only the standard library is imported, so
+that `consyn-train --help` is instant. `resolve` fills in the configuration and `validation` checks
+it.
 """
 
 from __future__ import annotations
