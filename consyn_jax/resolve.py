@@ -331,14 +331,12 @@ def _check_objective(config: RunConfig) -> None:
             f"--packing {data.packing} packs single sequences, but --objective dpo trains on "
             "pairs. Leave one of the two flags out."
         )
-    if config.hardware.logits_dtype != "float32":
-        raise UserError(
-            f"--logits_dtype {config.hardware.logits_dtype} cannot be used with --objective dpo, "
-            "which needs exact log-probabilities. Leave one of the two flags out."
-        )
     terms = {name: getattr(options, name) for name in ("dropout", "label_smoothing", "z_loss")}
-    for name, value in (terms | {"lora_dropout": config.lora.lora_dropout}).items():
-        if value:
+    terms["lora_dropout"] = config.lora.lora_dropout
+    # Its loss is a difference of whole sequences' log-probabilities, to which rounding would add.
+    terms["logits_dtype"] = config.hardware.logits_dtype
+    for name, value in terms.items():
+        if value not in (0, "float32"):
             raise UserError(
                 f"--{name} {value} cannot be used with --objective dpo. Leave one of the two "
                 "flags out."

@@ -264,17 +264,15 @@ def estimate_memory(
     """
     c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
     tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
+    at_head = _head_bytes(c, tokens, tensor, gpu_bytes, logit, is_frozen=lora.is_used)
     if lora.is_used:
-        at_head = _head_bytes(c, tokens, tensor, gpu_bytes, logit, is_frozen=True)
         return _adapter_memory(c, sizes, tokens, remat, moment_bytes, lora, at_head)
-    own = num_parameters(c) / (fsdp * tensor)
-    head = c.padded_vocab_size * c.hidden_dim / tensor
+    own, head = num_parameters(c) / (fsdp * tensor), c.padded_vocab_size * c.hidden_dim / tensor
     block, saved = _block_bytes(c, tensor, remat)
     # The weight gradients of one block, its weights, and the weights of the next block.
     weights = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
     activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
-    at_head = _head_bytes(c, tokens, tensor, gpu_bytes, logit)
     if fsdp > 1:  # the input embedding's gradient is sharded only at the end
         at_block += head * FLOAT32
     if accumulation > 1:  # added to the accumulated gradients in place, except for embeddings

@@ -379,9 +379,8 @@ def build_program(
     attention = choose_attention(
         platform, precision.dtype, model.head_dim, capability, regularisation.dropout
     )
-    remat = hardware.gradient_checkpointing
+    remat, host_moments = hardware.gradient_checkpointing, hardware.optimizer_memory == "host"
     unroll = unrolls(platform, model.num_layers, remat)
-    host_moments = hardware.optimizer_memory == "host"
     if host_moments:
         check_offload(optimizer.optimizer, precision.dtype, platform)
     types, axes = base_types(lora, precision.dtype), trained_layout(model, lora).logical_axes
