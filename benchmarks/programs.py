@@ -75,6 +75,9 @@ CASES = {
         32_768,
     ),
     "verse": Case({"model": "verse", "batch_size": 32, **GPU}),
+    "verse, bf16 logits": Case(
+        {"model": "verse", "batch_size": 32, **GPU, "logits_dtype": "bfloat16"}
+    ),
     "stanza": Case({"model": "stanza", "batch_size": 4, **GPU}),
     "stanza, fp8": Case({"model": "stanza", "batch_size": 4, "mixed_precision": "fp8"}),
     "epic": Case(
