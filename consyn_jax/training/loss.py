@@ -135,8 +135,8 @@ def head_loss(
 
     Only `nll` of the result is differentiable. Matmuls run in the dtype of `x`; sums and the
     softmax are float32. In bfloat16, a device needs memory for the results, for a copy of the head,
-    and for 6 bytes per logit of a chunk (as measured in tests/planning). The head's float32
-    gradient stays in memory from the forward pass on.
+    and per logit of a chunk for 6 bytes, or 2 if logits are bfloat16, too (as measured in
+    tests/planning). The head's float32 gradient stays in memory from the forward pass on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
