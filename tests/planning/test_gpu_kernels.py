@@ -96,7 +96,7 @@ def test_logits_in_bf16_are_overwritten_by_their_gradients(tmp_path: Path) -> No
     assert chunk in shapes["bf16"]
     assert chunk not in shapes["f32"]
     saved = wide.temporary_bytes - narrow.temporary_bytes
-    assert saved == pytest.approx(4 * math.prod(chunk), rel=0.02)
+    assert 0.9 < saved / (4 * math.prod(chunk)) <= 1  # less than 1 where the peak moves elsewhere
     assert narrow.kernels == wide.kernels
     code = ptx["softmax_gradient"].partition(".entry softmax_gradient(")[2]
     alone, _, rest = code.partition("bar.sync")
