@@ -380,7 +380,8 @@ def _head_bytes(
 ) -> float:
     """Bytes of the loss: one chunk of logits, the head and its gradient, and the hidden states."""
     words = c.padded_vocab_size // tensor
-    at_once, each, stream_bytes = LOGITS_AT_ONCE, LOGIT_BYTES_WITHOUT_KERNEL, FLOAT32
+    at_once, stream_bytes = LOGITS_AT_ONCE, FLOAT32
+    each = LOGIT_BYTES_WITHOUT_KERNEL - 2 * (FLOAT32 - logit)  # two arrays have the logits' dtype
     if tensor == 1:
         each, stream_bytes, head_bytes = logit_bytes(logit), BF16, BF16 * words * c.hidden_dim
         at_once = logits_at_once(head_bytes, each, words=words, gpu_bytes=gpu_bytes)
