@@ -66,6 +66,8 @@ def losses_of(size: Size, on_gpu: bool) -> dict[str, Callable[..., jax.Array]]:
         losses[name] = partial(chunked, chunks=training._replace(elements=other))
     if training.kernel:
         losses["without the kernel"] = partial(chunked, chunks=training._replace(kernel=False))
+        rounded = training._replace(logits_dtype=jnp.bfloat16)
+        losses["in bfloat16"] = partial(chunked, chunks=rounded)
     return losses
 
 

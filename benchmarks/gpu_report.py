@@ -87,7 +87,10 @@ CHAPTERS: dict[str, tuple[Part, ...]] = {
         Part("attention", "attention:measure", 100, {"budget_s": 90.0}, {}),
         Part("attention checks", "gpu_checks:attention", 80),
     ),
-    "fp8": (Part("fp8", "train_step:fp8", 90, {"rounds": 4}),),
+    "fp8": (
+        Part("fp8", "train_step:fp8", 90, {"rounds": 4}),
+        Part("logits", "train_step:logits", 60, {"rounds": 4}),
+    ),
     "against torch: verse": (
         Part(
             "vs_verse",

@@ -28,6 +28,7 @@ from consyn_jax.tuning.shared_programs import SharedPrograms
 
 Batch = dict[str, np.ndarray]  # input_ids, labels, segment_ids, loss_mask, each [A, B, T]
 TOTAL_STEPS = 1000  # of the schedule
+CLEANING = ("normalize", "control_characters", "invalid_utf8")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ CASES = {
         32_768,
     ),
     "verse": Case({"model": "verse", "batch_size": 32, **GPU}),
+    "verse, bf16 logits": Case(
+        {"model": "verse", "batch_size": 32, **GPU, "logits_dtype": "bfloat16"}
+    ),
     "stanza": Case({"model": "stanza", "batch_size": 4, **GPU}),
     "stanza, fp8": Case({"model": "stanza", "batch_size": 4, "mixed_precision": "fp8"}),
     "epic": Case(
@@ -166,13 +170,15 @@ class TrainStep:
 
 
 class RecipeRun:
-    """A recipe on bytes, for benchmarks that take its steps one by one on one device.
+    """A recipe on a text, for benchmarks that take its steps one by one on one device.
 
     Args:
         data: a text file.
         recipe: from `read_config_file`.
         given: flags that override the recipe.
         shared: compiled train steps, for runs that differ only in numbers such as the rate.
+        tokenizer: by default (None), tokens are bytes.
+        validation: a text to evaluate on; by default (None), the recipe's share of `data`.
     """
 
     def __init__(
@@ -181,16 +187,21 @@ class RecipeRun:
         recipe: Mapping[str, Any],
         given: Mapping[str, Any] | None = None,
         shared: SharedPrograms | None = None,
+        tokenizer: BPETokenizer | None = None,
+        validation: Path | None = None,
     ) -> None:
         run = resolve({"data": [str(data)], **(given or {})}, recipe)
-        config, tokenizer = run[0], BPETokenizer.bytes()
+        config, tokenizer = run[0], tokenizer or BPETokenizer.bytes()
         shape = architecture(config.model, vocab_size=tokenizer.vocab_size)
         seed, base = config.budget.seed, config.optimizer.base
         source = DeferredModel(shape, lambda mesh, _: initial_parameters(shape, seed, mesh, base))
-        fraction = config.data.validation_fraction
+        held_out: dict[str, Any] = {"validation_fraction": config.data.validation_fraction}
+        if validation is not None:
+            held_out = {"validation": [str(validation)]}
+        cleaning = {name: getattr(config.data, name) for name in CLEANING}
         splits = [
             get_dataset(
-                data, tokenizer, config.length, split=name, validation_fraction=fraction, seed=seed
+                data, tokenizer, config.length, split=name, seed=seed, **held_out, **cleaning
             )
             for name in ("train", "validation")
         ]

@@ -332,20 +332,28 @@ def measure(
 
 def fp8(rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
     """Stanza's step in fp8 and in bfloat16, taking turns."""
-    names = ("tiny", "tiny") if tiny else ("stanza", "stanza, fp8")
-    steps = [TrainStep(CASES[name].flags, CASES[name].vocab_size) for name in names]
-    calls = {
-        kind: partial(step, step.batch(0))
-        for kind, step in zip(("bf16", "fp8"), steps, strict=True)
-    }
+    return _in_turns({"bf16": "stanza", "fp8": "stanza, fp8"}, rounds, tiny)
+
+
+def logits(rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
+    """Verse's step with logits in bfloat16 and in float32, taking turns."""
+    names = {"float32 logits": "verse", "bf16 logits": "verse, bf16 logits"}
+    return _in_turns(names, rounds, tiny)
+
+
+def _in_turns(names: dict[str, str], rounds: int, tiny: bool) -> dict[str, Any]:
+    """Two steps by their labels, the wider type first."""
+    cases = {label: CASES["tiny" if tiny else name] for label, name in names.items()}
+    steps = {label: TrainStep(case.flags, case.vocab_size) for label, case in cases.items()}
+    calls = {label: partial(step, step.batch(0)) for label, step in steps.items()}
     seconds = seconds_of(calls, rounds, 0.01 if tiny else 1.0)
-    ms = {f"{kind} ms": 1e3 * statistics.median(turns) for kind, turns in seconds.items()}
-    ratio = statistics.median(
-        wide / narrow for wide, narrow in zip(seconds["bf16"], seconds["fp8"], strict=True)
-    )
+    ms = {f"{label} ms": 1e3 * statistics.median(turns) for label, turns in seconds.items()}
+    (wider, narrower), model = names, "tiny" if tiny else next(iter(names.values()))
+    turns = zip(seconds[wider], seconds[narrower], strict=True)
+    ratio = statistics.median(wide / narrow for wide, narrow in turns)
     return {
-        "rows": [{"model": names[0], **ms, "fp8 is faster by": ratio}],
-        "ms": {kind: spread(1e3 * s for s in turns) for kind, turns in seconds.items()},
+        "rows": [{"model": model, **ms, f"{narrower} is faster by": ratio}],
+        "ms": {label: spread(1e3 * s for s in turns) for label, turns in seconds.items()},
     }
 
 

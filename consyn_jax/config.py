@@ -1,8 +1,9 @@
 """The configuration of a run as frozen dataclasses: each flag's default and help, and the presets.
 
-Optimizer flags are in `optimizer_config`, document flags in `prepare_config`. A resumed run must
-not change a flag with `math=True` (`flags.py`). Only the standard library is imported, so that
-`consyn-train --help` is instant. `resolve` fills in the configuration and `validation` checks it.
+Optimizer flags and recipes are in `optimizer_config`, document flags in `prepare_config`. A resumed
+run must not change a flag with `math=True` (`flags.py`). Only the standard library is imported, so
+that `consyn-train --help` is instant. `resolve` fills in the configuration and `validation` checks
+it.
 """
 
 from __future__ import annotations
@@ -47,14 +48,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 # fmt: on
-# With --checkpoint: rate and weight decay as in Alpaca, Llama 2 and TRL; docs/finetuning.md has the
-# sources. Beta2 is AdamW's default, because batches are small and the loss is smooth.
-FINE_TUNING = {"lr": 2e-5, "weight_decay": 0.0, "beta2": 0.999, "warmup_ratio": 0.03}
-PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
-# LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
-LORA_TUNING = {"lr": 2e-4}
-LORA_PREFERENCE_TUNING = {"lr": 1e-5}
-OTHER_RECIPE = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # if --model is not a preset
 
 
 @dataclass(frozen=True)
@@ -218,6 +211,13 @@ class HardwareOptions:
         "number type of activations and matmuls; weights stay float32; auto: the type that "
         "suits the device; fp8: bf16, with 8-bit matmuls in the blocks",
         choices=("auto", "no", "bf16", "fp16", "fp8"),
+        math=True,
+    )
+    logits_dtype: str = flag(
+        "float32",
+        "number type in which training stores logits, between their matmul and the float32 "
+        "softmax; bfloat16 needs bf16 or fp8; evaluation always uses float32",
+        choices=("float32", "bfloat16"),
         math=True,
     )
     gradient_checkpointing: str = flag(

@@ -15,6 +15,14 @@ SCHEDULERS = (
     *("cosine_with_restarts", "inverse_sqrt", "polynomial", "plateau"),
 )
 DECAY_SHAPES = ("linear", "cosine", "sqrt")
+# With --checkpoint: rate and weight decay as in Alpaca, Llama 2 and TRL; docs/finetuning.md has the
+# sources. Beta2 is AdamW's default, because batches are small and the loss is smooth.
+FINE_TUNING = {"lr": 2e-5, "weight_decay": 0.0, "beta2": 0.999, "warmup_ratio": 0.03}
+PREFERENCE_TUNING = {"lr": 1e-6}  # TRL's DPOConfig
+# LoRA needs about ten times the rate of a full fine-tune (Schulman et al., 2025; QLoRA has 2e-4).
+LORA_TUNING = {"lr": 2e-4}
+LORA_PREFERENCE_TUNING = {"lr": 1e-5}
+OTHER_RECIPE = {"lr": 3e-4, "weight_decay": 0.1, "beta2": 0.95}  # if --model is not a preset
 
 
 class BaseShape(NamedTuple):

@@ -10,24 +10,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.config import (
-    DPO_BETA,
-    FINE_TUNING,
-    LORA_PREFERENCE_TUNING,
-    LORA_TUNING,
-    OTHER_RECIPE,
-    PREFERENCE_TUNING,
-    PRESETS,
-    RunConfig,
-    architecture,
-)
+from consyn_jax.config import DPO_BETA, PRESETS, RunConfig, architecture
 from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import Config, convert, flags, grouped
 from consyn_jax.foreign_flags import ELSEWHERE, advise
 from consyn_jax.hub_download import is_elsewhere
 from consyn_jax.integers import neighbours
 from consyn_jax.model_config import ModelConfig
-from consyn_jax.optimizer_config import OPTIMIZERS
+from consyn_jax.optimizer_config import (
+    FINE_TUNING,
+    LORA_PREFERENCE_TUNING,
+    LORA_TUNING,
+    OPTIMIZERS,
+    OTHER_RECIPE,
+    PREFERENCE_TUNING,
+)
 from consyn_jax.prepare_config import PrepareConfig
 from consyn_jax.remote.urls import understood
 from consyn_jax.validation import validate, validate_preparation
@@ -335,8 +332,11 @@ def _check_objective(config: RunConfig) -> None:
             "pairs. Leave one of the two flags out."
         )
     terms = {name: getattr(options, name) for name in ("dropout", "label_smoothing", "z_loss")}
-    for name, value in (terms | {"lora_dropout": config.lora.lora_dropout}).items():
-        if value:
+    terms["lora_dropout"] = config.lora.lora_dropout
+    # Its loss is a difference of whole sequences' log-probabilities, to which rounding would add.
+    terms["logits_dtype"] = config.hardware.logits_dtype
+    for name, value in terms.items():
+        if value not in (0, "float32"):
             raise UserError(
                 f"--{name} {value} cannot be used with --objective dpo. Leave one of the two "
                 "flags out."

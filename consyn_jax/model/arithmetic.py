@@ -19,7 +19,7 @@ MOST_TOKENS = 8192  # largest chunk; more would speed up the loss's matmuls by l
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
 CPU_UNROLLED_LAYERS = 12  # deeper models run their blocks in a loop
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
-LOGIT_BYTES = FLOAT32 + BF16  # bytes of a logit and of its gradient
+BYTES_OF_LOGIT = {"float32": FLOAT32, "bfloat16": BF16}  # by --logits_dtype
 LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 arrays of logits
 
 
@@ -190,8 +190,17 @@ class MemoryEstimate:
         return self.parameters + self.moments + self.gradients + self.activations + self.working
 
 
+def logit_bytes(logit: int = FLOAT32, gradient: int = BF16) -> int:
+    """Bytes of memory per logit: the logit and its gradient, which replaces a logit of equal size.
+
+    >>> logit_bytes(), logit_bytes(BF16)
+    (6, 2)
+    """
+    return logit if logit == gradient else logit + gradient
+
+
 def logits_at_once(
-    head_bytes: int, itemsize: int = BF16, *, words: int = 0, gpu_bytes: int = 0
+    head_bytes: int, bytes_each: int = logit_bytes(), *, words: int = 0, gpu_bytes: int = 0
 ) -> int:
     """Number of logits that the loss may hold in memory at once on one GPU.
 
@@ -200,13 +209,13 @@ def logits_at_once(
 
     Args:
         head_bytes: Bytes of the output embedding in the compute dtype.
-        itemsize: Bytes per element of the compute dtype.
+        bytes_each: Bytes per logit, from `logit_bytes`.
         words: Rows of the output embedding.
         gpu_bytes: Memory of the GPU; 0 if it is not known.
     """
     room = max(HEAD_BYTES, int(HEAD_SHARE * gpu_bytes)) - head_bytes
-    most = max(MOST_TOKENS * words, HEAD_BYTES // (FLOAT32 + itemsize))
-    return max(LOGITS_AT_ONCE, min(most, room // (FLOAT32 + itemsize)))
+    most = max(MOST_TOKENS * words, HEAD_BYTES // bytes_each)
+    return max(LOGITS_AT_ONCE, min(most, room // bytes_each))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
@@ -239,6 +248,7 @@ def estimate_memory(
     moment_bytes: int | float,
     lora: LoraOptions = NO_LORA,
     gpu_bytes: int = 0,
+    logit: int = FLOAT32,
 ) -> MemoryEstimate:
     """Estimate a train step's memory on one device; for presets, the error is below a tenth.
 
@@ -250,19 +260,19 @@ def estimate_memory(
         remat: A value of `--gradient_checkpointing`.
         moment_bytes: Bytes of the optimizer's moments per trained parameter.
         gpu_bytes: Memory of the GPU; 0 if it is not known.
+        logit: Bytes of a logit, by `--logits_dtype`.
     """
     c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
     tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
+    at_head = _head_bytes(c, tokens, tensor, gpu_bytes, logit, is_frozen=lora.is_used)
     if lora.is_used:
-        return _adapter_memory(c, sizes, tokens, remat, moment_bytes, lora, gpu_bytes)
-    own = num_parameters(c) / (fsdp * tensor)
-    head = c.padded_vocab_size * c.hidden_dim / tensor
+        return _adapter_memory(c, sizes, tokens, remat, moment_bytes, lora, at_head)
+    own, head = num_parameters(c) / (fsdp * tensor), c.padded_vocab_size * c.hidden_dim / tensor
     block, saved = _block_bytes(c, tensor, remat)
     # The weight gradients of one block, its weights, and the weights of the next block.
     weights = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
     activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
-    at_head = _head_bytes(c, tokens, tensor, gpu_bytes)
     if fsdp > 1:  # the input embedding's gradient is sharded only at the end
         at_block += head * FLOAT32
     if accumulation > 1:  # added to the accumulated gradients in place, except for embeddings
@@ -287,12 +297,13 @@ def _adapter_memory(
     remat: str,
     moment_bytes: int | float,
     lora: LoraOptions,
-    gpu_bytes: int,
+    at_head: float,
 ) -> MemoryEstimate:
     """Estimate the memory of a train step of an adapter, including the frozen weights.
 
     Args:
         tokens: Tokens per micro-batch on one device.
+        at_head: Bytes of the loss.
     """
     tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["tensor"]
     own, matrices = num_adapter_parameters(c, lora) / shards, c.num_layers * num_block_parameters(c)
@@ -306,7 +317,6 @@ def _adapter_memory(
     at_block = tokens * (
         (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
     )
-    at_head = _head_bytes(c, tokens, tensor, gpu_bytes, is_frozen=True)
     return MemoryEstimate(
         parameters=int(own * FLOAT32 + frozen / shards),
         moments=int(own * moment_bytes),
@@ -366,17 +376,16 @@ def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | 
 
 
 def _head_bytes(
-    c: ModelConfig, tokens: float, tensor: int, gpu_bytes: int, is_frozen: bool = False
+    c: ModelConfig, tokens: float, tensor: int, gpu_bytes: int, logit: int, is_frozen: bool = False
 ) -> float:
     """Bytes of the loss: one chunk of logits, the head and its gradient, and the hidden states."""
     words = c.padded_vocab_size // tensor
-    at_once = LOGITS_AT_ONCE
+    at_once, stream_bytes = LOGITS_AT_ONCE, FLOAT32
+    each = LOGIT_BYTES_WITHOUT_KERNEL - 2 * (FLOAT32 - logit)  # two arrays have the logits' dtype
     if tensor == 1:
-        at_once = logits_at_once(BF16 * words * c.hidden_dim, words=words, gpu_bytes=gpu_bytes)
+        each, stream_bytes, head_bytes = logit_bytes(logit), BF16, BF16 * words * c.hidden_dim
+        at_once = logits_at_once(head_bytes, each, words=words, gpu_bytes=gpu_bytes)
     logits = words * chunk_tokens(max(1, round(tokens)), words, at_once)
-    logit_bytes, stream_bytes = (
-        (LOGIT_BYTES, BF16) if tensor == 1 else (LOGIT_BYTES_WITHOUT_KERNEL, FLOAT32)
-    )
     head = c.padded_vocab_size * c.hidden_dim / tensor
     weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # head in bf16, gradient in float32
-    return logit_bytes * logits + weights + tokens * c.hidden_dim * stream_bytes
+    return each * logits + weights + tokens * c.hidden_dim * stream_bytes

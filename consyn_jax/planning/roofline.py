@@ -58,9 +58,9 @@ UPDATE_BYTES = 16
 # Matmul rate in 8 bits relative to bfloat16, from the data sheets of Ada, Hopper and Blackwell; not
 # measured.
 FP8_SPEEDUP = 2
-# Bytes read and written per logit, rounded up: the float32 logit is written once and read twice,
+# Bytes read and written per float32 logit, rounded up: the logit is written once and read twice,
 # and so is its bfloat16 gradient.
-LOGIT_BYTES = 16
+LOGIT_BYTES, LOGIT_ACCESSES = 16, 3
 HOST: Axes = ("host",)  # key for transfers to host memory, beside the mesh axes
 
 
@@ -218,10 +218,11 @@ def _attention_flops(work: Workload) -> Number:
 def _memory_seconds(work: Workload, gpu: DescribedGpu) -> float:
     """Seconds of the memory-bound kernels of a step, without the kernels of the optimizer."""
     passes, layers = 3.0 if work.remat == "none" else 4.0, work.model.num_layers
+    of_logit = LOGIT_BYTES - LOGIT_ACCESSES * (FLOAT32 - work.logit_bytes)
     size = (
         passes * layers * _elementwise_bytes(work)
         + layers * _quantising_bytes(work)
-        + LOGIT_BYTES * work.local_tokens * work.model.padded_vocab_size / work.sizes["tensor"]
+        + of_logit * work.local_tokens * work.model.padded_vocab_size / work.sizes["tensor"]
     )
     return work.accumulation * size / _bandwidth(gpu)
 

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from consyn_jax.config import RunConfig
-from consyn_jax.model.arithmetic import MemoryEstimate, estimate_memory, train_flops_per_token
+from consyn_jax.model.arithmetic import (
+    BYTES_OF_LOGIT,
+    FLOAT32,
+    MemoryEstimate,
+    estimate_memory,
+    train_flops_per_token,
+)
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 
 
@@ -27,6 +33,7 @@ class Workload:
             attention kernel of this package is slower, because it masks attention between
             documents. Documents are assumed to be as long as a sequence.
         gpu_bytes: memory of the GPU if it is in the hardware table, otherwise 0.
+        logit_bytes: bytes of a logit in memory, between its matmul and the softmax.
     """
 
     model: ModelConfig
@@ -41,6 +48,7 @@ class Workload:
     this_package: bool = True
     lora: LoraOptions = NO_LORA
     gpu_bytes: int = 0
+    logit_bytes: int = FLOAT32
 
     @property
     def tokens(self) -> int:
@@ -74,6 +82,7 @@ class Workload:
             0 if self.host_moments else self.moment_bytes,
             self.lora,
             self.gpu_bytes,
+            self.logit_bytes,
         )
 
 
@@ -93,4 +102,5 @@ def workload(
         run.hardware.mixed_precision == "fp8",
         lora=run.lora,
         gpu_bytes=gpu_bytes,
+        logit_bytes=BYTES_OF_LOGIT[run.hardware.logits_dtype],
     )

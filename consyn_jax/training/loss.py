@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device, split_axes
-from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
+from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logit_bytes, logits_at_once
 from consyn_jax.model.embedding import sum_over_tokens
 from consyn_jax.training.program_arguments import Extras
 
@@ -65,6 +65,7 @@ class Chunks(NamedTuple):
         kernel: Whether training uses the fused GPU kernel if the vocabulary is not sharded.
         head_is_frozen: Whether the output embedding (the head) needs no gradient.
         gpu_bytes: Memory of the GPU; 0 if unknown.
+        logits_dtype: The dtype in which logits are stored while there are gradients to compute.
     """
 
     elements: int = LOGITS_AT_ONCE
@@ -72,6 +73,7 @@ class Chunks(NamedTuple):
     kernel: bool = False
     head_is_frozen: bool = False
     gpu_bytes: int = 0
+    logits_dtype: Any = jnp.float32
 
 
 CHUNKS = Chunks()
@@ -133,8 +135,8 @@ def head_loss(
 
     Only `nll` of the result is differentiable. Matmuls run in the dtype of `x`; sums and the
     softmax are float32. In bfloat16, a device needs memory for the results, for a copy of the head,
-    and for 6 bytes per logit of a chunk (as measured in tests/planning). The head's float32
-    gradient stays in memory from the forward pass on.
+    and per logit of a chunk for 6 bytes, or 2 if logits are bfloat16, too (as measured in
+    tests/planning). The head's float32 gradient stays in memory from the forward pass on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
@@ -230,13 +232,14 @@ def _on_device(x, head, labels, mask, extras, *, sizes, vocab_size, fixed, chunk
         dx_dtype=jnp.float32 if vocab.mesh_axes else dx_dtype,  # rounded after the psum below
         kernel=kernel,
         with_gradients=with_gradients,
-        frozen=chunks.head_is_frozen,
+        chunks=chunks,
     )
     B, T, D = x.shape
     elements = chunks.elements or LOGITS_AT_ONCE
     if kernel and not chunks.elements:
+        each = logit_bytes(jnp.dtype(chunks.logits_dtype).itemsize, x.dtype.itemsize)
         size = {"words": weight.shape[0], "gpu_bytes": chunks.gpu_bytes}
-        elements = logits_at_once(weight.nbytes, weight.dtype.itemsize, **size)
+        elements = logits_at_once(weight.nbytes, each, **size)
     sums, dx, dhead = _over_chunks(
         chunk, weight, x.reshape(B * T, D), labels.reshape(B * T), mask.reshape(B * T), elements
     )
@@ -285,10 +288,12 @@ def _over_chunks(chunk, weight_VD, x_nD, labels_n, mask_n, elements):
 
 
 def _chunk(
-    weight_VD, x_nD, labels_n, mask_n, *, vocab, extras, dx_dtype, kernel, with_gradients, frozen
+    weight_VD, x_nD, labels_n, mask_n, *, vocab, extras, dx_dtype, kernel, with_gradients, chunks
 ):
     """Return ((loss sums, penalty or None), gradient of x, gradient of the head) of a chunk."""
-    logits_nV = logits_of(weight_VD, x_nD, vocab)
+    logits_nV = logits_of(
+        weight_VD, x_nD, vocab, chunks.logits_dtype if with_gradients else jnp.float32
+    )
     lift = FLOAT16_LIFT if x_nD.dtype == jnp.float16 else 1.0
     if kernel:
         # Pallas is slow to import
@@ -310,20 +315,23 @@ def _chunk(
     axes, dlogits = "nV" if vocab.axis else "Vn", dlogits.astype(x_nD.dtype)
     dx_nD = jnp.einsum(f"{axes},VD->nD", dlogits, weight_VD, preferred_element_type=jnp.float32)
     dx_nD = (dx_nD / lift).astype(dx_dtype)
-    if frozen:
+    if chunks.head_is_frozen:
         return (sums, penalty), dx_nD, None
     dhead_VD = jnp.einsum(f"{axes},nD->VD", dlogits, x_nD, preferred_element_type=jnp.float32)
     return (sums, penalty), dx_nD, dhead_VD / lift
 
 
-def logits_of(weight_VD, x_nD, vocab: Vocabulary):
-    """Compute the float32 logits of a chunk, in the layout of `vocab`."""
+def logits_of(weight_VD, x_nD, vocab: Vocabulary, dtype=jnp.float32):
+    """Compute the logits of a chunk in `dtype`, in the layout of `vocab`."""
     product = ("nD,VD->nV", x_nD, weight_VD) if vocab.axis else ("VD,nD->Vn", weight_VD, x_nD)
-    return jnp.einsum(*product, preferred_element_type=jnp.float32)
+    return jnp.einsum(*product, preferred_element_type=dtype)
 
 
 def softmax(logits_nV, labels_n, vocab: Vocabulary, with_mean: bool):
-    """Compute the softmax probabilities, and the statistics of each token's logits."""
+    """Compute the softmax probabilities, and the statistics of each token's logits, in float32."""
+    if logits_nV.dtype == jnp.bfloat16:
+        # Where a product has no bfloat16 result, as on CPUs, XLA would leave the rounding out.
+        logits_nV = jax.lax.reduce_precision(logits_nV.astype(jnp.float32), 8, 7)
     is_word_nV = vocab.from_words(vocab.words_V < vocab.size)
     if vocab.padded:
         logits_nV = jnp.where(is_word_nV, logits_nV, -jnp.inf)

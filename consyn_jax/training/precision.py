@@ -1,12 +1,12 @@
 """The dtype in which a run computes, and the loss scale that float16 needs.
 
-Weights, their gradients, sums over micro-batches, norms, logits, softmax and loss are always
-float32.
+Weights, their gradients, sums over micro-batches, norms, softmax and loss are always float32. So
+are logits, unless `--logits_dtype` rounds those of training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +36,14 @@ class PrecisionChoice:
     """The dtype of activations and matmuls, and the reason for it.
 
     Attributes:
+        logits: The dtype in which training stores logits; evaluation always uses float32.
         fp8: Whether the matmuls of the blocks use 8-bit floats (model/fp8/).
     """
 
     dtype: Any
     reason: str
     fp8: bool = False
+    logits: Any = jnp.float32
 
 
 _DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -49,9 +51,13 @@ _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
 def choose_precision(
-    wanted: str, platform: str, compute_capability: str = "", device_kind: str = ""
+    wanted: str,
+    platform: str,
+    compute_capability: str = "",
+    device_kind: str = "",
+    logits: str = "float32",
 ) -> PrecisionChoice:
-    """Choose the compute dtype for a value of `--mixed_precision` on a device.
+    """Choose the dtypes for values of `--mixed_precision` and `--logits_dtype` on a device.
 
     Args:
         wanted: "no", "bf16", "fp16", "fp8", or "auto" for the best that the device supports.
@@ -59,14 +65,31 @@ def choose_precision(
         compute_capability: The GPU's compute capability, such as "9.0" for Hopper; empty if
             unknown.
         device_kind: Name of the device, for the reason.
+        logits: "float32" or "bfloat16".
 
     Raises:
-        UserError: fp8 is requested on a GPU without 8-bit matmuls.
+        UserError: fp8 is requested on a GPU without 8-bit matmuls, or logits in bfloat16 for a run
+            that computes in another dtype.
 
     >>> choose_precision("auto", "gpu", "7.0", "Tesla V100").reason
     'float16 with float32 weights: the Tesla V100 multiplies float16 faster than float32, and has no
     bfloat16'
     """
+    choice = _of_matmuls(wanted, platform, compute_capability, device_kind)
+    if logits == "float32":
+        return choice
+    if choice.dtype != jnp.bfloat16:
+        raise UserError(
+            f"--logits_dtype {logits} needs a run that computes in bfloat16, but this one computes "
+            f"in {jnp.dtype(choice.dtype).name}. Use --mixed_precision bf16, or leave "
+            "--logits_dtype out."
+        )
+    return replace(choice, logits=jnp.bfloat16, reason=f"{choice.reason}; logits in bfloat16, too")
+
+
+def _of_matmuls(
+    wanted: str, platform: str, compute_capability: str, device_kind: str
+) -> PrecisionChoice:
     device = f"the {device_kind or platform}" if platform != "cpu" else "a CPU"
     if wanted == "fp8":
         return _fp8(device, platform, compute_capability)

@@ -99,6 +99,7 @@ class Program:
         lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
             every batch includes the frozen weights as `BASE`.
         base_types: Dtypes of the frozen weights; None without an adapter.
+        logits_dtype: The dtype in which the training loss stores its logits.
     """
 
     config: ModelConfig
@@ -113,6 +114,7 @@ class Program:
     schedule: optax.Schedule | None = None
     lora: LoraOptions = NO_LORA
     base_types: BaseTypes | None = None
+    logits_dtype: Any = jnp.float32
 
     @cached_property
     def layout(self) -> Layout:
@@ -166,7 +168,8 @@ class Program:
         chunks = CPU_CHUNKS if is_plain_cpu else CHUNKS
         if runs_triton(device.platform, getattr(device, "compute_capability", "")):
             chunks = GPU_CHUNKS._replace(gpu_bytes=described_memory(device.device_kind))
-        return chunks._replace(head_is_frozen=self.lora.is_used)
+        frozen = self.lora.is_used
+        return chunks._replace(head_is_frozen=frozen, logits_dtype=self.logits_dtype)
 
     @property
     def trains_on_pairs(self) -> bool:
@@ -371,13 +374,13 @@ def build_program(
     device, rest = devices[0], (length, machine or this_machine(), lora, regularisation.sequences)
     mesh = choose_run_mesh(model, budget, hardware, optimizer, *rest)
     platform, capability = device.platform, getattr(device, "compute_capability", "")
-    precision = choose_precision(hardware.mixed_precision, platform, capability, device.device_kind)
+    kind, logits = device.device_kind, hardware.logits_dtype
+    precision = choose_precision(hardware.mixed_precision, platform, capability, kind, logits)
     attention = choose_attention(
         platform, precision.dtype, model.head_dim, capability, regularisation.dropout
     )
-    remat = hardware.gradient_checkpointing
+    remat, host_moments = hardware.gradient_checkpointing, hardware.optimizer_memory == "host"
     unroll = unrolls(platform, model.num_layers, remat)
-    host_moments = hardware.optimizer_memory == "host"
     if host_moments:
         check_offload(optimizer.optimizer, precision.dtype, platform)
     types, axes = base_types(lora, precision.dtype), trained_layout(model, lora).logical_axes
@@ -390,6 +393,6 @@ def build_program(
         regularisation,
         budget.seed,
         1 if optimizer.on_nonfinite == "halt" else optimizer.max_nonfinite_steps,
-        *(host_moments, schedule, lora, types),
+        *(host_moments, schedule, lora, types, precision.logits),
     )
     return Built(program, attention, precision, mesh)

@@ -11,7 +11,7 @@ from consyn_jax.config import BudgetOptions, HardwareOptions
 from consyn_jax.distributed.auto_mesh import Machine, MeshChoice, choose_mesh
 from consyn_jax.distributed.mesh import check_batch, check_model, parse_mesh
 from consyn_jax.distributed.process_group import gather
-from consyn_jax.model.arithmetic import estimate_memory
+from consyn_jax.model.arithmetic import BYTES_OF_LOGIT, estimate_memory
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.runtime.memory import device_bytes
@@ -60,14 +60,14 @@ def choose_run_mesh(
     if hardware.auto_batch:  # the mesh must not change when --auto_batch changes the batch
         batch_size, accumulation = devices, 2
     moments = optimizer.moment_bytes if hardware.optimizer_memory == "device" else 0
-    remat = hardware.gradient_checkpointing
+    remat, logit = hardware.gradient_checkpointing, BYTES_OF_LOGIT[hardware.logits_dtype]
 
     def needed_bytes(sizes: dict[str, int]) -> int:
         batch = (batch_size, accumulation, length)
         # Training reads the GPU's memory from a table to choose the size of loss chunks. The
         # measured memory differs a little from the table, but gives chunks of the same size.
         return estimate_memory(
-            model, sizes, *batch, remat, moments, lora, machine.memory_bytes
+            model, sizes, *batch, remat, moments, lora, machine.memory_bytes, logit
         ).total
 
     if hardware.mesh != "auto":

@@ -80,6 +80,7 @@ def test_100_steps_raise_the_margin_of_held_out_pairs(
         (("--packing", "whole"), "--packing whole packs single sequences, but --objective dpo"),
         (("--streaming", "--max_steps", "2"), "--streaming and --objective dpo do not work"),
         (("--z_loss", "1e-4"), "--z_loss 0.0001 cannot be used with --objective dpo"),
+        (("--logits_dtype", "bfloat16"), "--logits_dtype bfloat16 cannot be used with --objective"),
         (("--row_format", "messages"), "--objective dpo needs rows with a chosen and"),
         (("--metric_for_best_model", "eval/perplexity"), "Known: eval/loss, eval/rewards/margins"),
         (("--objective", "next_token"), "which needs --objective dpo"),

@@ -94,10 +94,10 @@ class Dumped(NamedTuple):
 
 
 @cache
-def dumped(name: str, gpu: str, precision: str = "bf16") -> Dumped:
+def dumped(name: str, gpu: str, precision: str = "bf16", logits: str = "float32") -> Dumped:
     """One layer of a recipe's step for one GPU, with the kernels' code."""
     changes = {"num_layers": 1, "batch_size": 4, "gradient_accumulation_steps": 1}
-    changes |= {"mixed_precision": precision}
+    changes |= {"mixed_precision": precision, "logits_dtype": logits}
     with tempfile.TemporaryDirectory() as place:
         text = Path(place) / "program"
         with mock.patch.dict(os.environ, XLA_FLAGS=f"--xla_dump_to={place}/dump"):

@@ -21,7 +21,7 @@ from consyn_jax.distributed.mesh import AXES, check_batch, check_model
 from consyn_jax.errors import UserError
 from consyn_jax.flags import with_flags
 from consyn_jax.integers import divisors
-from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logits_at_once
+from consyn_jax.model.arithmetic import LOGITS_AT_ONCE, chunk_tokens, logit_bytes, logits_at_once
 from consyn_jax.model.parameters import layout
 from consyn_jax.optimizer_config import OPTIMIZERS
 from consyn_jax.planning import aot
@@ -283,6 +283,25 @@ def test_a_large_gpu_holds_more_logits_at_once() -> None:
     small = logits_at_once(head, words=words, gpu_bytes=8 * 2**30)
     assert small == logits_at_once(head, words=words) == logits_at_once(head)
     assert logits_at_once(2**31, words=2**18, gpu_bytes=h200) * 6 + 2**31 <= 0.05 * h200
+
+
+def test_logits_in_bf16_take_a_third_of_the_memory() -> None:
+    """Their gradients overwrite them. Small GPUs get larger chunks instead.
+
+    The step needs almost as much less: after that, its peak is in a block.
+    """
+    peaks = [
+        planned("verse", "h200:1x1", batch_size=32, logits_dtype=dtype).work.memory.total
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert 0.9 < (peaks[0] - peaks[1]) / (4 * 8192 * 49_152) <= 1
+    head, words, small = 2 * 131_072 * 2048, 131_072, 8 * 2**30
+    wide, narrow = (
+        logits_at_once(head, each, words=words, gpu_bytes=small)
+        for each in (logit_bytes(4), logit_bytes(2))
+    )
+    assert narrow > 2 * wide
+    assert narrow * 2 + head <= 2**30
 
 
 def test_the_command_prints_the_page_and_can_read_the_recipe_it_writes(

@@ -11,7 +11,7 @@ from consyn_jax.distributed.hardware import DESCRIBED
 from consyn_jax.model.arithmetic import matmul_parameters, num_parameters
 from consyn_jax.model.parameters import layout
 from consyn_jax.planning.network import HOP_SECONDS, LINK_EFFICIENCY, ring_seconds
-from consyn_jax.planning.roofline import estimate_step, stretch_of
+from consyn_jax.planning.roofline import MEMORY_EFFICIENCY, estimate_step, stretch_of
 from consyn_jax.planning.topology import GpuTopology, parse_topology
 from consyn_jax.planning.workload import Workload, workload
 from consyn_jax.resolve import preset_architecture, resolve
@@ -127,6 +127,16 @@ def test_fp8_halves_the_matmuls_of_the_blocks_and_pays_for_quantising() -> None:
     assert fp8.memory > bf16.memory
     assert fp8.network["fsdp",] < bf16.network["fsdp",]
     assert 1.15 < bf16.total / fp8.total < 1.6
+
+
+def test_logits_in_bf16_move_fewer_bytes() -> None:
+    """The product writes each logit once, and the softmax reads it twice: 6 bytes fewer."""
+    work, one = stanza(), parse_topology("h200:1x1")
+    wide, narrow = (estimate_step(replace(work, logit_bytes=n), one).memory for n in (4, 2))
+    saved = 6 * work.tokens * work.model.padded_vocab_size
+    assert wide - narrow == pytest.approx(
+        stretch_of(work, one) * saved / (H200.memory_bandwidth * MEMORY_EFFICIENCY)
+    )
 
 
 def test_the_workload_of_a_run() -> None:

@@ -207,6 +207,48 @@ def test_bf16_keeps_the_loss_in_float32(inputs: tuple[jax.Array, ...]) -> None:
     assert np.linalg.norm(dhead - dhead32) <= 0.01 * np.linalg.norm(dhead32)
 
 
+ROUNDED, WIDE = Chunks(1000, logits_dtype=jnp.bfloat16), Chunks(1000)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_logits_in_bf16_are_rounded_once_and_then_float32(
+    inputs: tuple[jax.Array, ...], sizes: dict[str, int]
+) -> None:
+    """Statistics, loss and gradients are those of the rounded logits, in float32."""
+    x, head, labels, mask = inputs
+    half = x.astype(jnp.bfloat16)
+
+    def rounded(x: jax.Array, head: jax.Array) -> jax.Array:
+        # The gradient passes through the rounding as if it were not there.
+        logits = jnp.einsum("BTD,VD->BTV", x, head)
+        narrow = logits.astype(jnp.bfloat16).astype(jnp.float32)
+        logits += jax.lax.stop_gradient(narrow - logits)
+        return cross_entropy(logits[..., :100], labels, mask).nll
+
+    exactly = half.astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32)
+    nll, (dx, dhead) = jax.jit(jax.value_and_grad(rounded, (0, 1)))(*exactly)
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    with jax.set_mesh(build_mesh(dict.fromkeys(AXES, 1) | sizes, devices)):
+        sums, ours = with_gradients(lambda *a: head_loss(*a, 100, ROUNDED))(
+            half, head, labels, mask
+        )
+        plain = with_gradients(lambda *a: head_loss(*a, 100, Chunks(1000)))(
+            half, head, labels, mask
+        )
+    assert sums.nll.dtype == jnp.float32
+    np.testing.assert_allclose(sums.nll, nll, rtol=1e-6)
+    assert abs(plain[0].nll - nll) > 1e-5 * nll
+    for got, wanted in zip(ours, (dx, dhead), strict=True):
+        error = np.float32(got) - wanted
+        assert np.linalg.norm(error) <= 0.01 * np.linalg.norm(wanted)
+
+
+def test_evaluation_does_not_round_logits(inputs: tuple[jax.Array, ...]) -> None:
+    half = inputs[0].astype(jnp.bfloat16), *inputs[1:]
+    found = [jax.jit(partial(head_loss, vocab_size=V, chunks=c))(*half) for c in (ROUNDED, WIDE)]
+    assert found[0] == found[1]
+
+
 def test_logits_of_any_size_give_a_finite_loss(inputs: tuple[jax.Array, ...]) -> None:
     x, head, labels, mask = inputs
     got = with_gradients(lambda *a: head_loss(*a, V, Chunks(1000)))(x * 1e4, head, labels, mask)

@@ -195,6 +195,22 @@ def test_fp8_on_other_devices_is_refused(platform: str, capability: str) -> None
         choose_precision("fp8", platform, capability, "some device")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_logits_may_be_bfloat16_where_the_head_is(precision: str) -> None:
+    narrow = choose_precision(precision, "gpu", "9.0", "H100", "bfloat16")
+    wide = choose_precision(precision, "gpu", "9.0", "H100")
+    assert (wide.logits, narrow.logits) == (jnp.float32, jnp.bfloat16)
+    assert narrow.reason == f"{wide.reason}; logits in bfloat16, too"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("no", "float32"), ("fp16", "float16"), ("auto", "float32")]
+)
+def test_logits_in_bfloat16_need_matmuls_in_bfloat16(precision: str, dtype: str) -> None:
+    with pytest.raises(UserError, match=f"--logits_dtype bfloat16 .* computes in {dtype}. Use"):
+        choose_precision(precision, "cpu", logits="bfloat16")
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     """All equations of a traced program and of its inner programs."""
     for equation in jaxpr.eqns:

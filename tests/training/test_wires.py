@@ -249,6 +249,39 @@ def test_every_flag_of_adamw(model: ConsynLMHeadModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_logits_dtype_rounds_the_logits_of_training(
+    model: ConsynLMHeadModel, tmp_path: Path
+) -> None:
+    """With several micro-batches, targets left out and both extra terms; not those of evaluation.
+
+    A rate of almost 0 leaves the weights as they are, so only rounding makes a difference.
+    """
+    settings = {"max_steps": 1, "learning_rate": 1e-30, "mixed_precision": "bf16", "eval_steps": 1}
+    settings |= {"label_smoothing": 0.2, "z_loss": 0.03, "weight_decay": 0.0}
+    names = "train/loss", "train/grad_norm", "eval/loss"
+    (loss, norm, judged), (rounded_loss, rounded_norm, rounded_judged) = (
+        [
+            logged(lines, name)[-1]
+            for lines in [
+                run(
+                    model,
+                    batches(A),
+                    tmp_path / dtype,
+                    evaluation=batches(1),
+                    logits_dtype=dtype,
+                    **settings,
+                )[1]
+            ]
+            for name in names
+        ]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < abs(rounded_loss / loss - 1) < 1e-3
+    assert 0 < abs(rounded_norm / norm - 1) < 1e-2
+    assert rounded_judged == judged
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "rule", "rates"),
     [

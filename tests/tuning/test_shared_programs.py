@@ -193,6 +193,7 @@ def test_a_trial_learns_as_a_run_with_constants(name: str) -> None:
         ("dropout", 0.1),
         ("scheduler", "plateau"),
         ("moment_dtype", "bfloat16"),
+        ("logits_dtype", "bfloat16"),
         ("lr_multipliers", "norms=2"),
     ],
 )

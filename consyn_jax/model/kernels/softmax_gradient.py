@@ -38,6 +38,8 @@ def softmax_gradient(
 ) -> tuple[Float[Array, "n V"], PerToken, PerToken, PerToken, PerToken]:
     """Gradient of the loss with respect to the logits: cross-entropy, label smoothing and z-loss.
 
+    All arithmetic is float32. A gradient of the logits' dtype overwrites them.
+
     Args:
         labels_n: Label of each token, below `vocab_size`; tokens of weight 0 may have any label.
         weights_n: Weight of each token in the loss, a factor of its gradient.
@@ -67,6 +69,7 @@ def softmax_gradient(
         out_specs=(row, *[scalar] * 4),
         out_shape=(jax.ShapeDtypeStruct((n, V), dtype), *[per_token] * 4),
         compiler_params=pltriton.CompilerParams(num_warps=max(4, width // 512)),
+        input_output_aliases={0: 0} if logits_nV.dtype == dtype else {},
         name="softmax_gradient",
     )(
         logits_nV,
@@ -84,6 +87,9 @@ def _kernel(arguments, constants, width, num_logits, vocab_size, *refs):
     smooths = "smoothing" in arguments or bool(smoothing)
     blocks = logits_ref.shape[0] // width
     label = jnp.clip(label_ref[0], 0, vocab_size - 1)
+    # Read before the reductions, in which threads wait for each other: later, another thread may
+    # have overwritten it by its gradient.
+    label_logit = logits_ref[label].astype(jnp.float32)
 
     def load(j):
         at = j * width + jnp.arange(width)
@@ -96,7 +102,7 @@ def _kernel(arguments, constants, width, num_logits, vocab_size, *refs):
     top_ref[0], log_z_ref[0], label_logit_ref[0], mean_ref[0] = (
         top,
         log_z,
-        logits_ref[label].astype(jnp.float32),
+        label_logit,
         total_logit / vocab_size,
     )
     weight, factor = weight_ref[0], 1 + 2 * z_loss * log_z

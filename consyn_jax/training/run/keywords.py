@@ -9,9 +9,10 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from consyn_jax.config import PREFERENCE_TUNING, PRESETS, ModelOptions, RunConfig
+from consyn_jax.config import PRESETS, ModelOptions, RunConfig
 from consyn_jax.errors import UserError
 from consyn_jax.model_config import ModelConfig
+from consyn_jax.optimizer_config import PREFERENCE_TUNING
 from consyn_jax.resolve import preset_architecture, resolve
 
 DEFAULT_RATE = 5e-5  # for adamw

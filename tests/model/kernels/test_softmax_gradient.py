@@ -100,6 +100,39 @@ def test_equal_logits_predict_nothing() -> None:
     assert sums.correct == 0
 
 
+@pytest.mark.parametrize("extras", [Extras(), Extras(0.1, 1e-3)], ids=["plain", "smoothed"])
+@pytest.mark.parametrize(("words", "vocab_size"), [(128, 128), (300, 299)])
+def test_rounded_logits_give_what_the_plain_operations_give(
+    words: int, vocab_size: int, extras: Extras
+) -> None:
+    """Logits and their gradients have one array; the statistics are those of the rounded logits."""
+    given, chunks = inputs(words), Chunks(32 * words, logits_dtype=jnp.bfloat16)
+    (expected, sums), theirs = gradients(given, vocab_size, extras, chunks, "bfloat16")
+    kernel = chunks._replace(kernel=True)
+    (objective, own), ours = gradients(given, vocab_size, extras, kernel, "bfloat16")
+    np.testing.assert_allclose(objective, expected, rtol=1e-6)
+    np.testing.assert_allclose(own, sums, rtol=1e-6)
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert norm(got, wanted) <= 2e-3 * norm(wanted)
+
+
+def norm(x: jax.Array, minus: jax.Array | float = 0.0) -> float:
+    return float(np.linalg.norm(np.float64(x) - np.float64(minus)))
+
+
+def test_trials_side_by_side_round_their_logits() -> None:
+    """As `consyn-tune --vectorize` maps the step."""
+    x, head, labels, mask = inputs(128)
+    chunks = Chunks(32 * 128, kernel=True, logits_dtype=jnp.bfloat16)
+
+    def one(head: jax.Array) -> jax.Array:
+        (objective, _), _ = gradients((x, head, labels, mask), 100, Extras(), chunks, "bfloat16")
+        return objective
+
+    heads = jnp.stack([head, 0.5 * head])
+    np.testing.assert_allclose(jax.vmap(one)(heads), [one(h) for h in heads], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2e-3), ("float16", 1e-3)])
 def test_narrow_types_are_as_exact_as_the_plain_operations(dtype: str, tolerance: float) -> None:
     given = inputs(128)

@@ -33,6 +33,11 @@ def test_flags_that_do_not_change_the_mathematics_may_change(tmp_path: Path) -> 
             ["--beta1 was 0.9 and is 0.8", "--dropout was 0.0 and is 0.1"],
         ),
         ({"hidden_dim": 64}, {}, ["--hidden_dim was 128 and is 64", "--head_dim was 32 and is 16"]),
+        (
+            {"logits_dtype": "bfloat16"},
+            {},
+            ["--logits_dtype was float32 and is bfloat16"],
+        ),
         ({}, {"data": "other"}, ["the training data changed"]),
         ({}, {"tokenizer": None}, ["the tokenizer changed"]),
         ({}, {"vocab_size": 300}, ["the vocabulary was 259 and is 300"]),
