@@ -26,14 +26,14 @@ from consyn_jax.cli import tune
 from consyn_jax.tuning.ladder.scaling_law import LossPoint, ScalingLaw, bootstrap, interval
 
 LIMIT = 0.02  # of the fifth size's loss, at most
-SIZES = (6.8e3, 13.5e3, 27e3, 54e3, 108e3)
+SIZES = (24e3, 54e3, 108e3, 216e3, 432e3)  # shapes of one proportion: 8 of width for a layer
 EVALUATED = 200_000  # bytes of the validation text
 FLAGS = (
-    *("--num_kv_heads", "8", "--head_dim", "16", "--tokenizer", "bytes"),
-    *("--model", "haiku", "--num_layers", "8", "--num_heads", "8"),
+    *("--num_kv_heads", "16", "--head_dim", "8", "--tokenizer", "bytes"),
+    *("--model", "haiku", "--num_layers", "16", "--num_heads", "16"),
     *("--max_tokens", "128", "--batch_size", "8", "--parametrization", "mup"),
-    *("--base_hidden_dim", "64", "--base_num_layers", "2", "--base_head_dim", "16"),
-    *("--lr", "4e-3", "--lr_multipliers", "embedding=4", "--logging_backend", "none", "--quiet"),
+    *("--base_hidden_dim", "32", "--base_num_layers", "4", "--base_head_dim", "8"),
+    *("--lr", "8e-3", "--lr_multipliers", "embedding=4", "--logging_backend", "none", "--quiet"),
 )
 
 

@@ -43,6 +43,7 @@ from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.data.preparation.segments import duplicates, many_writers, phases
 from consyn_jax.data.preparation.segments.job import Job
 from consyn_jax.data.preparation.segments.spans import segment_blocks
+from consyn_jax.data.preparation.segments.tasks import Tasks
 from consyn_jax.data.store.file_hashes import hash_of
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 
@@ -83,7 +84,7 @@ def _work_alone(job: Job, segment: int) -> float:
     return time.process_time() - began
 
 
-class TimedTasks(many_writers.Tasks):
+class TimedTasks(Tasks):
     """Runs tasks on two processes, and keeps the seconds of each and the bytes of their results."""
 
     def __init__(self) -> None:

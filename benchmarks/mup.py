@@ -168,8 +168,8 @@ def measure(
         rows += coordinate_check(data, widths if tiny else (*widths, 1024), 10)
     for part in filter(by_size.__contains__, parts):
         rows += best_rates(data, f"rate by {part}", by_size[part], rates, steps, kinds)
-    run = {"steps": steps, "batch_size": COMMON["batch_size"], "seeds": SEEDS, "base": BASE}
-    return run | {"rows": rows}
+    own = {name: COMMON[name] for name in ("batch_size", "scheduler")}
+    return {"steps": steps, **own, "seeds": SEEDS, "base": BASE, "rows": rows}
 
 
 def main() -> None:
@@ -184,8 +184,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=150, help="of each run")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of 64 bytes in a step")
+    parser.add_argument("--scheduler", default=COMMON["scheduler"], help="of the learning rate")
     a = parser.parse_args()
-    COMMON["batch_size"] = a.batch_size
+    COMMON.update(batch_size=a.batch_size, scheduler=a.scheduler)
     harness.report(measure(a.data, a.parts, a.kinds, a.powers, a.steps, a.tiny), a.out)
 
 

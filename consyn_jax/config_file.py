@@ -75,7 +75,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         if lines.setdefault(key.value, line) != line:  # YAML would silently take the later one
             raise UserError(
                 f"--config {path} sets {key.value} twice, in lines {lines[key.value]} and {line}. "
-                "Leave one out."
+                "Leave one of them out."
             )
     content.pop(DERIVED, None)
     return content

@@ -21,36 +21,50 @@ REPEAT_S = 2.0
 TOO_LONG = f"a number of more than {sys.get_int_max_str_digits():,} digits"  # for Python
 # End of a message about a stopped run, for cases in which there may be no checkpoint.
 CONTINUES = "continues from the last checkpoint, or from the beginning if there is none"
+# Commands add "without --overwrite" if that flag was given (cli/exit_codes.py).
+AGAIN = "run the same command again"
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
 
-_URLS: dict[str, str] = {}  # paths of copies in the cache, each with the URL it was copied from
+_URLS: dict[str, str] = {}  # directories in the cache, each with the URL it was copied from
+_COPIED = "copied to "  # before a directory that `with_urls` leaves as it is
 
 
 def show_as_url(path: str, url: str) -> None:
-    """Let `with_urls` replace the path of a copy by the URL of the original."""
+    """Let `with_urls` replace the path of a directory in the cache by the URL of the original."""
     _URLS[path] = url
 
 
 def with_urls(text: str) -> str:
     """Replace the paths of copies of bucket objects in the cache by the objects' URLs.
 
-    Users and records know the URLs. The paths differ between machines.
+    Users and records need the URLs, because the paths differ between machines.
     """
     for path, url in _URLS.items():
-        text = text.replace(path, url)
+        text = url.join(re.split(f"(?<!{_COPIED}){re.escape(path)}", text))
     return text
+
+
+def _with_copies(text: str) -> str:
+    """Like `with_urls`, but also name the directories, so that a damaged copy can be deleted."""
+    said = with_urls(text)
+    if said == text:
+        return text
+    places = (f"{url} is {_COPIED}{path}" for path, url in _URLS.items() if path in text)
+    new = [place for place in places if place not in text]
+    return f"{said} ({', '.join(new)})" if new else said
 
 
 class UserError(ValueError):
     """A mistake of the user, in one or two sentences: what is wrong, where, what to do.
 
-    Commands exit with 2. Paths of copies in the cache are shown as URLs (`with_urls`). A message
-    that quotes kilobytes from a damaged file is shortened in the middle.
+    Commands exit with 2. Paths of copies in the cache are shown as URLs, and the directory of the
+    copies is named at the end. A message that quotes kilobytes from a damaged file is shortened in
+    the middle.
     """
 
     def __init__(self, message: str) -> None:
-        message = with_urls(message)
+        message = _with_copies(message)
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[:800]} ... {message[-700:]}"
         super().__init__(message)
@@ -140,7 +154,7 @@ def unsaved(error: KeyboardInterrupt) -> tuple[int, str]:
 def brief(error: BaseException) -> str:
     """The first sentence of another library's message, on one line, without its full stop.
 
-    The rest is cut, so that our message that quotes it has at most two sentences.
+    Our message quotes only this sentence, so that the message has at most two sentences.
 
     >>> brief(ValueError("No footer. Either the file is damaged or it is something else."))
     'No footer'
@@ -214,7 +228,7 @@ def parse_fault(error: Exception, language: str = "JSON") -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """End a sentence about an unknown `word`: suggest the closest known word, or just end it.
+    """The end of a sentence about an unknown `word`: the closest known word, or only a full stop.
 
     >>> nearest("cosin", ["linear", "cosine"]), nearest("exponential", ["linear", "cosine"])
     ('; did you mean cosine?', '.')

@@ -45,7 +45,7 @@ def cache_directory() -> Path:
 
 
 def check_is_no_pointer(path: Path) -> None:
-    """Check that a file is not a Git LFS pointer, which Git leaves where LFS is not installed.
+    """Check that a file is not a Git LFS pointer, which Git checks out if LFS is not installed.
 
     Raises:
         UserError: the file is a pointer.

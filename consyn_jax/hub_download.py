@@ -40,7 +40,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def download(name: str, patterns: Sequence[str]) -> Path:
-    """Download the files of a hub id or URL that are not cached, and return their directory.
+    """Download all files of a hub id or URL that are not cached yet; return their directory.
 
     Args:
         patterns: glob patterns of the files needed.

@@ -33,8 +33,8 @@ class Optimizer:
         moments: number of moment arrays, each of the parameter's size and stored in
             `--moment_dtype`; 0 if the rule stores only a momentum.
         momentum: default of `--momentum`; None if the rule uses `--beta1` instead.
-        factors: by flag, the factor by which to multiply the recipe's value, which is for AdamW.
-        defaults: by flag, the value that replaces the recipe's value.
+        factors: for each flag, the factor that multiplies the recipe's value, which suits AdamW.
+        defaults: for each flag, the value that replaces the recipe's value.
         first_lr: learning rate to suggest where the recipe's rate cannot be scaled; `--lr` is then
             required.
         lr_bounds: lowest usual peak rate of pretraining, and highest usual peak rate of full

@@ -205,7 +205,7 @@ def _fill(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def _fill_recipe(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Fill in missing values from the recipes of the model, fine-tuning and LoRA; the last wins."""
+    """Fill in missing values from the recipes of model, fine-tuning and LoRA; later ones win."""
     recipe, origin = PRESETS.get(values["model"], OTHER_RECIPE), _recipe_origin(values["model"])
     named = {name: (value, origin) for name, value in recipe.items() if values[name] is None}
     if values["checkpoint"] is not None:

@@ -70,8 +70,8 @@ def validate(config: RunConfig) -> None:
     backends = config.logging.logging_backend
     if "none" in backends and len(backends) > 1:
         raise UserError(
-            f"--logging_backend {' '.join(backends)}: none turns off all trackers. Leave none out, "
-            "or leave the other values out."
+            f"--logging_backend {' '.join(backends)}: 'none' turns off all trackers. Leave out "
+            "'none', or the other values."
         )
     check_processes(config.hardware)
     resume = config.saving.resume
@@ -102,7 +102,7 @@ def validate_preparation(config: PrepareConfig) -> None:
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
             "--num_workers 0 leaves no tasks to --engine ray. Give the number of tasks at a time, "
-            "or leave it out for one on each processor of the cluster."
+            "or leave --num_workers out for one task per processor of the cluster."
         )
     held_out = 0.0 if config.data.validation else config.data.validation_fraction
     test = config.store.test_fraction
@@ -111,7 +111,7 @@ def validate_preparation(config: PrepareConfig) -> None:
     if held_out + test >= 1:
         raise UserError(
             f"--validation_fraction {held_out} and --test_fraction {test} leave nothing to train "
-            "on. Lower one of them."
+            "on. Lower one of the two fractions."
         )
 
 
@@ -141,7 +141,7 @@ def validate_corpus(options: CorpusOptions) -> None:
         )
     if options.document_separator == "":
         raise UserError(
-            "--document_separator is empty. Give the text between two documents, or leave it out."
+            "--document_separator is empty. Give the text between documents, or leave the flag out."
         )
     kind, _, size = (options.tokenizer or "").partition(":")
     if kind == "train" and not 260 <= (natural(size) or 0) <= 1_000_000:
@@ -202,7 +202,7 @@ def _check_optimizer(config: RunConfig) -> None:
             )
         if options.beta1 == 0:
             raise UserError(
-                f"--beta1 0 turns off the averaging of --optimizer {options.optimizer}. Use 0.9."
+                f"--beta1 0 turns off the averaging of {options.optimizer}. Use --beta1 0.9."
             )
 
 
@@ -215,7 +215,7 @@ def _check_decay_from(config: RunConfig) -> None:
         )
     if options.decay_ratio == 1:
         raise UserError(
-            "--decay_ratio 1 leaves no steps before the decay that --decay_from starts. Use 0.2."
+            "--decay_ratio 1 leaves no steps before the decay of --decay_from. Use a smaller ratio."
         )
     if natural(resume) is not None:
         raise UserError(
@@ -261,7 +261,7 @@ def _check_mixture(config: RunConfig) -> None:
     if len(data.data_weights) != len(data.data):
         raise UserError(
             f"--data_weights has {len(data.data_weights)} values for {len(data.data)} items of "
-            "--data. Give one for each."
+            "--data. Give one value for each item."
         )
     if min(data.data_weights) <= 0:
         raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from io import BufferedIOBase
 from pathlib import Path
 
-from consyn_jax.remote.bucket import BucketError, Stored
+from consyn_jax.remote.bucket import BucketError, Sent, Stored
 
 
 class MemoryBucket:
@@ -45,10 +45,11 @@ class MemoryBucket:
             raise BucketError("was changed while it was read")
         path.write_bytes(content)
 
-    def upload(self, file: BufferedIOBase, key: str) -> None:
+    def upload(self, file: BufferedIOBase, key: str, sent: Sent = lambda total: None) -> None:
         self.before("upload", key)
         self.requests.append(("upload", key))
         self._write(key, file.read())
+        sent(len(self.objects[key][0]))
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
         self.before("put", key)

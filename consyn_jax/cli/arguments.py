@@ -133,7 +133,7 @@ def build_parser(
     common: Sequence[str] = (),
     refused: Collection[str] = (),
 ) -> _Parser:
-    """Make a parser for the flags of `tree`. It returns only flags that the user gave, as strings.
+    """Make a parser that returns the flags of `tree` that the user gave, as strings.
 
     Args:
         common: the flags that `--help` lists; `--help all` lists every flag. If empty, `--help`
@@ -253,8 +253,8 @@ def read(
 def parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse a command line into values by flag name.
 
-    Flags may be written with `_` or `-`. If a flag is given twice, the last value counts; a flag
-    that takes several values gets the values of both.
+    Flags may be written with `_` or `-`. If a flag is given twice, the last value counts. For a
+    flag that takes several values, the values of both are joined.
 
     Raises:
         UserError: an unknown flag, or a flag without its value.

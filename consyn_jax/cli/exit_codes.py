@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -43,6 +44,8 @@ OF_THE_SYSTEM = {
     errno.EPERM,
     errno.ELOOP,
 }
+# Advice to continue with the same command, and not to begin anew with it.
+_CONTINUES = re.compile("the same command(?: again)?(?! again| without| starts| to start)", re.I)
 DEFERRED_S = 0.05  # seconds until a signal that came during an import is sent again
 LONGEST_NAME = 120  # characters of a file name in a message
 
@@ -63,6 +66,21 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         return _outcome(prog, work)
     finally:
         _drop_lost_output()
+
+
+@contextmanager
+def keeping_what_is_saved(overwrite: bool) -> Iterator[None]:
+    """Add "without --overwrite" to errors that advise the same command, if it has that flag.
+
+    The flag has deleted what was there before; once more, it would delete what is saved since.
+    """
+    try:
+        yield
+    except KNOWN as known:
+        if overwrite:
+            said = _CONTINUES.sub(r"\g<0> without --overwrite", str(known))
+            known.args = (said, *known.args[1:])
+        raise
 
 
 def _outcome(prog: str, work: Callable[[], None]) -> int:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.row_notes import row_notes
 from consyn_jax.cli.choices.training_data import by_name, left_out_files, noticed
-from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
 from consyn_jax.cli.progress_bar import Bar
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.errors import Interrupted, UserError, counted, listed
-from consyn_jax.files import try_lock
-from consyn_jax.prepare_config import PrepareConfig
+from consyn_jax.prepare_config import CorpusOptions, PrepareConfig
 from consyn_jax.resolve import resolve_preparation
 
 if TYPE_CHECKING:
@@ -57,7 +54,7 @@ examples:
   consyn-train --data tokens
 
 Defaults are in brackets. If a flag is given twice, the last one counts.
-If the command is stopped, run it again to continue.
+If the command is stopped, run it again without --overwrite to continue.
 Exit codes: 0 done, 2 wrong input, 75 interrupted."""
 
 
@@ -107,7 +104,7 @@ def make(config: PrepareConfig) -> None:
     if config.workers.shared_directory is not None:
         check_shared_directory(config.workers.shared_directory, output, config.data)
     check_output(output)
-    scratch = _delete_store(config, output) if config.store.overwrite else []
+    left = _delete_store(config, output) if config.store.overwrite else []
     began = time.monotonic()
     with (
         redirect_stdout(sys.stderr),  # Ray prints its notes about lost workers and nodes
@@ -116,7 +113,9 @@ def make(config: PrepareConfig) -> None:
             lambda: console.header(_header(config), "consyn-prepare"), quiet=config.store.quiet
         ) as bar,
     ):
-        try:
+        for text in left:
+            console.warn(text)
+        with _saying_how_to_continue(config, output):
             prepared = prepare(
                 config.data,
                 output=output,
@@ -124,10 +123,9 @@ def make(config: PrepareConfig) -> None:
                 progress=bar,
                 engine=config.workers,
             )
-        except KeyboardInterrupt as stopped:
-            raise Interrupted(_interruption(config, output)) from stopped
         bar.close()
-        prepared = dataclasses.replace(prepared, scratch=(*scratch, *prepared.scratch))
+        for text in prepared.scratch:
+            console.warn(text)
         pairs = " --objective dpo --checkpoint MODEL" if prepared.store.holds_pairs else ""
         console.finish(
             [
@@ -135,6 +133,16 @@ def make(config: PrepareConfig) -> None:
                 f"Train on it with: consyn-train --data {shlex.quote(str(output))}{pairs}",
             ]
         )
+
+
+@contextmanager
+def _saying_how_to_continue(config: PrepareConfig, output: Path) -> Iterator[None]:
+    """Turn an interruption into an error, and add to messages that `--overwrite` deletes work."""
+    try:
+        with keeping_what_is_saved(config.store.overwrite):
+            yield
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(_interruption(config, output)) from stopped
 
 
 def _interruption(config: PrepareConfig, output: Path) -> str:
@@ -145,7 +153,7 @@ def _interruption(config: PrepareConfig, output: Path) -> str:
 
 
 def _check_outside(used: Iterable[tuple[str, str]], path: Path) -> None:
-    """Raise UserError if a path that the command reads, given with its flag, is in the output."""
+    """Raise UserError if one of `used`, the (flag, path) pairs of all input, is in the output."""
     for name, value in used:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(
@@ -154,20 +162,20 @@ def _check_outside(used: Iterable[tuple[str, str]], path: Path) -> None:
             )
 
 
-def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
+def _delete_store(config: PrepareConfig, path: Path) -> list[str]:
     """Delete the token store in `path`, for `--overwrite`.
 
     All input is checked first, so that wrong input does not lead to the deletion of the old store.
 
     Returns:
-        Directories of its segments that cannot be deleted.
+        Sentences about directories of its segments that are not deleted.
 
     Raises:
-        UserError: the input cannot be used or is in `path`, or `path` holds other files.
+        UserError: the input cannot be used or is in `path`, or `path` holds other files or is in
+            use.
     """
-    from consyn_jax.data.preparation.segments.job_directory import remove_scratch
     from consyn_jax.data.sources.discovery import find_sources
-    from consyn_jax.data.store.manifest import STORE_FILE, delete_store
+    from consyn_jax.data.store.manifest import STORE_FILE
     from consyn_jax.tokenization import load_tokenizer
 
     data = config.data
@@ -186,35 +194,36 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[Path]:
     strangers = [entry.name for entry in entries if not STORE_FILE.fullmatch(entry.name)]
     if strangers:
         raise UserError(
-            f"--overwrite would delete {listed(strangers)} in --output {path}, which does not "
-            "belong to a token store. Move it elsewhere."
+            f"--output {path} contains {listed(strangers)}, which is not part of a token store. "
+            "Move it elsewhere, because --overwrite would delete it."
         )
-    _check_unused(path)
+    return _delete_locked(path, data) if entries else []
+
+
+def _delete_locked(path: Path, options: CorpusOptions) -> list[str]:
+    """Delete the token store in `path` and its segments; no other process may be using it."""
+    from consyn_jax.data.preparation.destination import Destination
+    from consyn_jax.data.preparation.segments.job_directory import remove_scratch
+    from consyn_jax.data.store.manifest import PREPARING, delete_store
+
     try:
-        scratch = remove_scratch(path)
-        delete_store(path)
+        if (path / PREPARING).is_symlink():
+            (path / PREPARING).unlink()  # so that the lock is not made in the link's target
+        with Destination(path, "", options, in_cache=False).locked(stop=lambda: False):
+            left = remove_scratch(path)
+            delete_store(path)
     except OSError as error:
         raise UserError(
             f"--overwrite cannot delete {error.filename}: {error.strerror}. Delete it, or name "
             "another --output."
         ) from error
-    return scratch
-
-
-def _check_unused(path: Path) -> None:
-    """Refuse a token store that another process is making."""
-    from consyn_jax.data.store.manifest import PREPARING
-
-    with suppress(OSError), (path / PREPARING / "lock").open() as lock:
-        if not try_lock(lock.fileno()):
-            raise UserError(
-                f"--output {path} is in use by another process. Wait for that process, or give "
-                "another directory."
-            )
+    return left
 
 
 def _header(config: PrepareConfig) -> list[tuple[str, str]]:
     """Header lines, as (name, text), about the planned work."""
+    from consyn_jax.data.preparation.workers.ray_address import named_address
+
     data, store = config.data, config.store
     rules = {
         "NFC": data.normalize in (None, "nfc"),
@@ -236,8 +245,8 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
     if store.test_fraction:
         rows.append(("test", f"{store.test_fraction:.3g} of the documents"))
     if config.workers.engine == "ray":
-        address = config.workers.ray_address or os.environ.get("RAY_ADDRESS") or "this machine"
-        rows.append(("workers", f"tasks of Ray on {address}"))
+        address = named_address(config.workers.ray_address)[1]
+        rows.append(("workers", f"tasks of Ray on {address or 'this machine'}"))
     if config.workers.shared_directory is not None:
         rows.append(("writers", f"all workers; shared directory {config.workers.shared_directory}"))
     return [*rows, ("tokenizer", data.tokenizer or "default"), ("output", store.output)]
@@ -266,14 +275,6 @@ def summary(config: PrepareConfig, prepared: Prepared, seconds: float) -> list[s
         rows.append(("left out", left_out_files(prepared.left_out)))
     if prepared.one_writer:
         rows.append(("writers", f"one, not many: {prepared.one_writer}"))
-    if prepared.scratch:
-        rows.append(
-            (
-                "scratch",
-                f"{listed(prepared.scratch)} has segments of this store that are "
-                "not needed any more and cannot be deleted from here; delete it",
-            )
-        )
     if not prepared.from_cache:
         rate = size(report.file_bytes / max(seconds, 1e-3))
         rows.append(("time", f"{duration(seconds)}, {rate}/s"))

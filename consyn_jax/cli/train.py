@@ -13,7 +13,7 @@ from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.backend_choice import check_backends
 from consyn_jax.cli.choices.model_choice import check_start, choose_model
 from consyn_jax.cli.choices.prepared_run import prepared_run
-from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
 from consyn_jax.cli.proof.questions import asked
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
@@ -106,7 +106,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[RunConfig, dict[str, str], str]
 
 
 def _answer(question: str, config: RunConfig, origins: dict[str, str]) -> None:
-    """Inspect a run, as the flag `question` says, without changing its directory."""
+    """Run the inspection that the flag `question` names, without changing the run's directory."""
     if question == "verify":
         from consyn_jax.cli.proof.verify_record import verify
 
@@ -179,7 +179,8 @@ def train(
 
         trainer = ConsynTrainer(**prepared.trainer_inputs(prepared.settings))
         trainer.began = began
-        action(trainer)
+        with keeping_what_is_saved(config.saving.overwrite and writes):
+            action(trainer)
 
 
 def _check_directory(config: RunConfig) -> None:
@@ -189,10 +190,8 @@ def _check_directory(config: RunConfig) -> None:
     from consyn_jax.training.run.directory import run_path
     from consyn_jax.training.run.lock import check_free
     from consyn_jax.training.run.opening import check_output
-    from consyn_jax.tuning.study_identity import refuse_trial
 
     if is_first():
-        refuse_trial(run_path(config))
         check_output(config)
         check_free(run_path(config))
         check_remote(config)

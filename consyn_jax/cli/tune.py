@@ -9,7 +9,7 @@ from pathlib import Path
 from consyn_jax.cli.arguments import build_parser, read
 from consyn_jax.cli.choices.backend_choice import check_backends
 from consyn_jax.cli.choices.prepared_run import prepared_run
-from consyn_jax.cli.exit_codes import exit_code
+from consyn_jax.cli.exit_codes import exit_code, keeping_what_is_saved
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
 from consyn_jax.flags import flags, flat, grouped
@@ -90,7 +90,9 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
 
         varied = varied.with_data(settings[0], prepared.settings)
         study = Ladder if is_ladder else Tuning
-        study(config, varied, prepared.settings, prepared.trainer_inputs).run()
+        tuning = study(config, varied, prepared.settings, prepared.trainer_inputs)
+        with keeping_what_is_saved(config.saving.overwrite):
+            tuning.run()
 
 
 def _check_study(config: TuneConfig, varied: VariedRun) -> None:

@@ -1,8 +1,8 @@
 """Find the documents that a training step trains on, without building its batch.
 
-The data order is a function of the step, so any step costs the same. From the stores, only the
-starts, origins, targets and first tokens of documents are read. The first token is needed to decide
-whether it counts in the loss.
+The data order is a function of the step, so every step is found equally fast. From the stores, only
+the starts, origins, targets and first tokens of documents are read. The first token is needed to
+decide whether it counts in the loss.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ class DocumentFinder:
         sources = self._sources(directory)
         if source >= len(sources):
             raise UserError(
-                f"{directory} is damaged: a document comes from source {source} of {len(sources)}. "
+                f"{directory} is damaged: a document names source {source} (counted from 0), but "
+                f"there are only {len(sources)} sources. "
                 "Prepare the data again."
             )
         found.source = sources[source]["name"]

@@ -93,7 +93,7 @@ class Mixture:
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """Return the source of each position in a cycle, and how often it came before."""
+        """Return the source of each position in a cycle, and how often the source came before."""
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)

@@ -99,7 +99,7 @@ class PackedSequences(ABC):
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
         """Mark the labels that are never predicted at the beginning of a document.
 
-        If the tokenizer has BOS, only BOS itself is never predicted there; otherwise, no label is.
+        Without BOS, these are all labels; with BOS, only labels that are BOS.
         """
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 
@@ -291,7 +291,7 @@ class WholeDocuments(PackedSequences):
         return targets
 
     def _layout(self, which: Int64[np.ndarray, " n"]) -> tuple[np.ndarray, _Places]:
-        """Return the indices of the pieces in sequences `which`, and their places in the batch."""
+        """Return the indices of the pieces of sequences `which`, and their places in the batch."""
         low, counts = self._pieces[which], self._pieces[which + 1] - self._pieces[which]
         row, nth = _numbered(counts)
         pieces = low[row] + nth

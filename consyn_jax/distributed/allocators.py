@@ -40,8 +40,8 @@ def keep_freed_memory() -> None:
     step. By default, glibc returns such memory to the kernel, which zeroes every page when it is
     allocated again. Returning and zeroing memory takes a third of a small model's step time.
 
-    Call this function before JAX starts threads: a thread that has already allocated memory has its
-    own arena, and these settings do not affect blocks over 64 MiB of such an arena.
+    Call this function before JAX starts threads. A thread that has already allocated memory has its
+    own arena, where these settings do not affect blocks over 64 MiB.
 
     Nothing is done without glibc, or if a GPU driver is present.
     """

@@ -34,7 +34,7 @@ class Machine:
     def group_hosts(self) -> int:
         """Number of hosts that may share a copy of the weights.
 
-        More hosts share a copy only if the model needs their memory.
+        The number is exceeded only if the model needs the memory of more hosts.
         """
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 

@@ -215,8 +215,8 @@ def kernel_name(instruction: Instruction) -> str:
 def kernels(program: list[Instruction]) -> dict[str, int]:
     """Count the executions of each kernel that XLA did not generate itself.
 
-    A library kernel is named by its custom-call target, a Triton kernel by its own name, and a TPU
-    kernel by its instruction, which is named after the kernel.
+    A library kernel is named by its custom-call target, and a Triton kernel by its own name. A TPU
+    kernel is named by its instruction, whose name comes from the kernel.
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction in program:

@@ -40,7 +40,7 @@ def open_nvml() -> Any:
 
 
 def read_clocks(gpus: Sequence[str] | None = None) -> tuple[ClockState, ...]:
-    """Read the clocks and throttle reasons of GPUs, which must be under load; empty without NVML.
+    """Read the clocks and throttle reasons of GPUs under load; return () without NVML.
 
     Args:
         gpus: UUIDs of the GPUs, from `visible_gpus`; None for all GPUs of the host.

@@ -284,7 +284,7 @@ class Tpu:
         bf16_flops: Specified FLOP/s of dense bf16 matmuls with float32 accumulation.
         memory_bytes: Bytes that the compiler lets a program use.
         memory_bandwidth: Specified bytes per second to and from the device's memory.
-        dimensions: Number of dimensions of the network of a slice.
+        dimensions: Number of dimensions of a slice's network.
         max_chips: Largest number of chips of one slice.
         devices_per_chip: Number of devices of a chip.
     """

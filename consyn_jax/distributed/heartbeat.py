@@ -17,11 +17,11 @@ BEAT_S = 5.0
 
 @contextmanager
 def heartbeat() -> Iterator[None]:
-    """Touch the file named by the variable `CONSYN_HEARTBEAT` every 5 seconds, from a thread.
+    """Touch the file named by the environment variable `CONSYN_HEARTBEAT`, from a thread.
 
-    The file stays untouched if the process is frozen or its interpreter is blocked. It is still
-    touched if the run makes no progress; the watchdog ends such a run. The name comes from a
-    variable and not from a flag, because it belongs to the container and not to the run.
+    The thread touches the file every 5 seconds. The file stays untouched if the process is frozen
+    or its interpreter is blocked. It is still touched if the run makes no progress; the watchdog
+    ends such a run. The name is not a flag, because it belongs to the container and not to the run.
 
     Raises:
         UserError: the file cannot be written at the start.

@@ -14,6 +14,7 @@ import platform
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +25,7 @@ from consyn_jax.distributed.cluster import Place, find_cluster
 from consyn_jax.distributed.process_group import ProcessGroup, set_current_process_group
 from consyn_jax.distributed.rendezvous import meet
 from consyn_jax.distributed.visible_gpus import visible_gpus
-from consyn_jax.errors import Diverged, Interrupted, UserError, unsaved
+from consyn_jax.errors import Diverged, Interrupted, UserError, settled, unsaved
 from consyn_jax.flags import flat
 
 PACKAGES = (
@@ -82,22 +83,47 @@ def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup
         devices = process_group.gather(_devices())
         refuse_differences([{"the devices of a process": text} for text in devices])
         yield process_group
-    except (Interrupted, Diverged):  # raised by all processes at the same step
-        _shut_down(process_group)
+    except (Interrupted, Diverged) as ended:  # by all processes, or by one after the last step
+        _shut_down(process_group, str(ended) if isinstance(ended, Interrupted) else "")
         raise
     except BaseException as error:
         _fail(process_group, error)
         raise
     else:
-        _shut_down(process_group)
+        texts = zip(process_group.names, _shut_down(process_group), strict=True)
+        for interruption in (f"{name}: {text}" for name, text in texts if text):
+            raise Interrupted(interruption)
 
 
-def _shut_down(process_group: ProcessGroup) -> None:
-    """Disconnect from the other processes at the end of a run in which no process failed."""
-    process_group.leave()
-    jax.distributed.shutdown()
-    process_group.close()
-    set_current_process_group(None)
+def _shut_down(process_group: ProcessGroup, interruption: str = "") -> list[str]:
+    """Wait for the other processes, and disconnect, at the end of a run in which none failed.
+
+    Process 0 may upload files for hours, and JAX's own wait would end after minutes. A signal does
+    not end the wait, because nothing is left to save here: process 0 gets the same signal, and then
+    ends its uploads.
+
+    Args:
+        interruption: Message of the `Interrupted` that ended this process; "" if there was none.
+
+    Returns:
+        `interruption` of each process.
+    """
+
+    def disconnect() -> list[str]:
+        texts = process_group.gather(interruption)
+        process_group.leave()
+        jax.distributed.shutdown()
+        process_group.close()
+        set_current_process_group(None)
+        return texts
+
+    with ThreadPoolExecutor(1, "disconnect") as threads:
+        end = threads.submit(disconnect)
+        while True:
+            try:
+                return end.result()
+            except KeyboardInterrupt as stopped:
+                settled(stopped)
 
 
 def _fail(process_group: ProcessGroup, error: BaseException) -> None:
@@ -159,7 +185,7 @@ def refuse_differences(processes: Sequence[dict[str, str]]) -> None:
         more = f" and {len(found) - 5} more" if found[5:] else ""
         raise UserError(
             f"The processes of this run differ in {'; '.join(found[:5])}{more}. Start all with "
-            f"the same command, packages and kind of machine."
+            f"one command, the same packages and one kind of machine."
         )
 
 

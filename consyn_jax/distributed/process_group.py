@@ -31,7 +31,7 @@ PARTING_S = 5.0  # time for the other processes to receive the reason for the en
 OUTPUT_S = 1.0
 LONGEST = 1 << 24  # bytes of a message
 LOST = 76  # exit code of the surviving processes: EX_PROTOCOL of sysexits.h
-AGAIN = f"The same command {CONTINUES}."
+AGAIN = f"The same command without --overwrite {CONTINUES}."
 
 
 class Connection:
@@ -179,7 +179,7 @@ class ProcessGroup:
     # ------------------------------------------------------------------------------ ending the run
 
     def leave(self) -> None:
-        """Announce that this process has finished, so that its closed connection is no failure."""
+        """Announce that this process has finished; closing its connection is then no failure."""
         for connection in self._connections.values():
             connection.send("leave")
 

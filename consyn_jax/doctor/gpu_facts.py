@@ -49,7 +49,8 @@ class DriverState:
         cuda: the newest CUDA that the driver's library supports; None if unknown.
         problem: why NVML could not be queried; empty if it could be.
         devices: number of device files of GPUs (`/dev/nvidia0` and so on).
-        on_the_bus: number of NVIDIA GPUs on the PCI bus; a container sees all, usable or not.
+        on_the_bus: number of NVIDIA GPUs on the PCI bus; a container also sees GPUs that it cannot
+            use.
     """
 
     version: str = ""

@@ -97,9 +97,10 @@ def _cudnn(software: Software) -> Finding:
 
 
 def _cudnn_version(number: int) -> str:
-    """Format the number that cuDNN gives as its version.
+    """Format cuDNN's version number as text.
 
-    The number is 10,000 x major + 100 x minor + patch; before cuDNN 9, it had 1,000 x major.
+    The number is 10,000 x major + 100 x minor + patch. Before cuDNN 9, the factor of
+    major was 1,000.
 
     >>> _cudnn_version(92801), _cudnn_version(8907)
     ('9.28.1', '8.9.7')

@@ -109,7 +109,7 @@ def _memory() -> int:
 def read_storage(output: Path, *, measure: bool, probe_bytes: int = PROBE_BYTES) -> Storage:
     """Read the state of `output`'s file system, and try to write, lock and read there.
 
-    All files that this writes are removed again. `output` itself is not created.
+    All files that this function writes are removed again. `output` itself is not created.
 
     Args:
         measure: whether to measure speed, which writes up to `probe_bytes`.

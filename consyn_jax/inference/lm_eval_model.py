@@ -67,7 +67,7 @@ class HarnessModel:
         unknown = [name for name in more if name not in ("device", "max_batch_size")]
         if unknown:
             raise UserError(
-                f"--model_args has {listed(unknown)}, which consyn does not know. Known: "
+                f"--model_args has {listed(unknown)}, which --model consyn does not know. Known: "
                 f"{ARGUMENTS}."
             )
         if not pretrained:
@@ -121,7 +121,7 @@ class HarnessModel:
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood, and whether greedy decoding gives it."""
+        """Return each continuation's log-likelihood, and whether greedy decoding generates it."""
         context, wanted, cut = self._source.config.context, list[Wanted](), 0
         for request in requests:
             before, after = self._pair(*request.args)
@@ -282,7 +282,8 @@ def generation_settings(given: dict[str, Any]) -> tuple[Sampling, int, list[str]
     odd = [name for name, value in settings.items() if value not in (1, False)]
     if odd:
         raise UserError(
-            f"generation_kwargs has {listed(odd)}, which consyn does not have. Known: until, "
+            f"generation_kwargs has {listed(odd)}, which --model consyn does not support. Known: "
+            "until, "
             f"do_sample, {', '.join(DRAWS)} and {LIMITS[0]}."
         )
     if not draws:

@@ -43,7 +43,7 @@ class Matmuls(Protocol):
     def normed_mlp(
         self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
     ) -> tuple[Stream, Stream]:
-        """Return x + added, and the output of SwiGLU on its norm, without the output's bias."""
+        """Return x + added, and SwiGLU's output on the norm of the sum, without the output bias."""
 
 
 @dataclass(frozen=True)

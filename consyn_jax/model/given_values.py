@@ -141,7 +141,7 @@ def checked_compute(compute: Any) -> Compute | None:
     if not isinstance(compute, Compute | None):
         raise UserError(
             f"compute is a {type(compute).__name__}, not a Compute. Pass "
-            "model.default_compute(jnp.bfloat16), or leave it out for float32."
+            "model.default_compute(jnp.bfloat16), or leave compute out for float32."
         )
     return compute
 

@@ -17,7 +17,7 @@ def linear(
     """Compute `x @ w` in the dtype of `x`; the gradient of `w` is summed and returned in float32.
 
     Automatic differentiation would round the gradient of `w` to the dtype of `x`. It would also
-    compute that gradient transposed, which takes XLA on CPUs three times as long.
+    compute that gradient transposed; on CPUs, such a matmul takes XLA three times as long.
 
     Args:
         w: [D, F], where D or F may stand for several dimensions, such as heads and their width.

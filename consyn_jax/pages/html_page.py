@@ -23,7 +23,7 @@ def html_page(
         style: CSS to add to the common style.
         body: HTML, already escaped.
         source: the file that the page is drawn from, named in the footer.
-        script: JavaScript of the page; browsers block every other script in it.
+        script: JavaScript of the page; browsers block every other script in the page.
         reload_s: seconds after which the browser reloads the page; None for never.
         reload_without_script_s: the same for browsers that do not run scripts.
     """

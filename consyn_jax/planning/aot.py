@@ -80,7 +80,7 @@ TOTAL_STEPS = 10_000  # steps of the schedule; the number hardly affects the pro
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """Facts about a compiled train step; bytes are per device unless stated.
+    """Facts about a compiled train step; bytes are per device unless stated otherwise.
 
     Attributes:
         parameter_bytes, optimizer_bytes: size of the parameters and of the optimizer's state,
@@ -93,8 +93,8 @@ class CompiledProgram:
         attention: the kernel that was chosen, and why.
         kernels: executions per step of each kernel that XLA did not generate; for TPUs, the number
             of instructions that call it.
-        collectives: the collectives of a step. None for TPUs, because their compiler writes no trip
-            counts of loops and splits collectives into pieces inside matmuls.
+        collectives: the collectives of a step. None for TPUs: their compiler does not write how
+            often loops run, and it splits collectives into pieces inside matmuls.
         update_bytes: bytes that the optimizer reads and writes, including gradient norm and
             clipping, without moments in host memory. None for TPUs, because their programs
             do not name the optimizer's instructions.
@@ -152,7 +152,7 @@ def check_packages(compiler: str = "cuda") -> None:
     devices, extra, _ = COMPILERS[compiler]
     if not packages_are_there(compiler):
         raise UserError(
-            f"Compiling for {devices} needs no device, but the packages of the extra {extra}. "
+            f"Compiling for {devices} needs the packages of the extra {extra}, but no device. "
             f"Install them with: pip install 'consyn_jax[{extra}]'."
         )
 

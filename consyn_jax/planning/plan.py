@@ -185,8 +185,8 @@ def alternatives(plan: Plan) -> list[Alternative]:
 def adapter_that_fits(plan: Plan) -> Alternative | None:
     """Find the cheapest LoRA variant of a plan that fits; None if there is none.
 
-    This is advice for a plan of which no other variant fits. The dtypes auto, int8 and nf4 of the
-    frozen weights are tried in this order.
+    This variant is suggested if no other variant of the plan fits. The dtypes auto, int8 and nf4 of
+    the frozen weights are tried in this order.
     """
     lora, rank = plan.run.lora, {}
     if not lora.is_used:

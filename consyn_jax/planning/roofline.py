@@ -69,7 +69,7 @@ class StepTime:
     """Seconds that a GPU spends on one optimizer step; all GPUs take equally long.
 
     Attributes:
-        matmuls: time of matmuls, multiplied by the factor of `stretch_of`, as the next two.
+        matmuls: time of matmuls. This time and the next two include the factor of `stretch_of`.
         attention: time of attention kernels.
         memory: time of memory-bound kernels.
         optimizer: the update, including the summing of gradients over micro-batches, and the
@@ -176,7 +176,7 @@ def _matmul(rows: Number, inputs: Number, outputs: Number) -> tuple[Number, Numb
 
 
 def _widths(work: Workload) -> tuple[float, float, float]:
-    """Widths on one GPU of the queries, of the keys or values, and of the feed-forward layer."""
+    """Widths of the queries, of the keys or values, and of the feed-forward layer, on one GPU."""
     c, tensor = work.model, work.sizes["tensor"]
     return (
         c.num_heads * c.head_dim / tensor,

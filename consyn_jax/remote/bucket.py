@@ -6,6 +6,7 @@ The provider's own library finds the credentials. Error messages never contain c
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -16,6 +17,8 @@ from consyn_jax.errors import brief
 CONNECT_S, ANSWER_S = 10, 60  # time limits for a connection and for a response
 UNCHANGED = "Wait until nothing writes there"  # remedy
 ATTEMPTS = 3  # per request; callers may retry as well
+
+Sent = Callable[[int], None]
 
 
 class BucketError(RuntimeError):
@@ -57,8 +60,13 @@ class Bucket(Protocol):
     def download(self, stored: Stored, path: Path) -> None:
         """Download exactly this version of an object to a new file."""
 
-    def upload(self, file: BufferedIOBase, key: str) -> None:
-        """Upload an object of any size: the open file from its current position to its end."""
+    def upload(self, file: BufferedIOBase, key: str, sent: Sent = lambda total: None) -> None:
+        """Upload an object of any size: the open file from its current position to its end.
+
+        Args:
+            sent: called from time to time with the number of bytes that have been sent; if it
+                raises, the upload fails.
+        """
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
         """Write a small object if its current version is `expected`.

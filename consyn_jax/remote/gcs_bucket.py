@@ -24,13 +24,15 @@ from consyn_jax.remote.bucket import (
     ANSWER_S,
     CONNECT_S,
     BucketError,
+    Sent,
     Stored,
     no_credentials,
     refused,
     unreachable,
 )
 
-_PART_BYTES = 1 << 25  # of a resumable upload; a failed part is sent again
+# Of a resumable upload; a failed part is sent again. Progress is known once for each part.
+_PART_BYTES = 1 << 23
 _RETRIED_S = 20.0
 
 
@@ -71,11 +73,11 @@ class GcsBucket:
             blob = self._bucket.blob(stored.key, generation=int(stored.version))
             blob.download_to_file(file, **self._how)
 
-    def upload(self, file: BufferedIOBase, key: str) -> None:
-        """Upload an object from an open file."""
+    def upload(self, file: BufferedIOBase, key: str, sent: Sent = lambda total: None) -> None:
+        """Upload an object from an open file; `sent` is called before each part."""
         with _told():
             blob = self._bucket.blob(key, chunk_size=_PART_BYTES)
-            blob.upload_from_file(file, **self._how)
+            blob.upload_from_file(_Told(file, sent), **self._how)
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
         """Write a small object if its current version is `expected`."""
@@ -96,6 +98,21 @@ class GcsBucket:
                     self._bucket.blob(key).delete(**self._how)
                 except google.api_core.exceptions.NotFound:
                     continue
+
+
+class _Told:
+    """A file that calls `sent` before each read, when the server has confirmed what was read."""
+
+    def __init__(self, file: BufferedIOBase, sent: Sent) -> None:
+        self._file, self._sent = file, sent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        """Read a part."""
+        self._sent(self._file.tell())
+        return self._file.read(size)
 
 
 def _refusal(error: google.api_core.exceptions.GoogleAPIError) -> BucketError:

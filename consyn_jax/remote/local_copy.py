@@ -53,9 +53,7 @@ def local_copy(url: str, names: tuple[str, ...] = ("**",)) -> Path:
                 f"{place}: {what}. Correct the URL; for a run, add /final or /best to it."
             )
         copy = _directory(place, top, found)
-        root = f"{place.scheme}://{place.bucket}/"
-        show_as_url(f"{copy}/", root + top)
-        show_as_url(str(copy), (root + top).rstrip("/"))  # the copy of a whole bucket
+        show_as_url(str(copy), f"{place.scheme}://{place.bucket}/{top}".rstrip("/"))
         _complete(bucket, copy, {inside(copy, each.key.removeprefix(top)): each for each in found})
     except BucketError as error:
         raise UserError(f"{place} {error}. {error.advice}") from error

@@ -5,6 +5,7 @@ boto3 finds the region, profile, endpoint (`AWS_ENDPOINT_URL`) and credentials.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
@@ -16,6 +17,7 @@ import boto3.exceptions
 import botocore.config
 import botocore.exceptions
 from s3transfer.manager import TransferConfig, TransferManager
+from s3transfer.subscribers import BaseSubscriber
 
 from consyn_jax.errors import brief
 from consyn_jax.remote.bucket import (
@@ -24,6 +26,7 @@ from consyn_jax.remote.bucket import (
     CONNECT_S,
     UNCHANGED,
     BucketError,
+    Sent,
     Stored,
     no_credentials,
     refused,
@@ -104,11 +107,17 @@ class S3Bucket:
         for chunk in found["Body"].iter_chunks(_CHUNK_BYTES):
             file.write(chunk)
 
-    def upload(self, file: BufferedIOBase, key: str) -> None:
-        """Upload an object from an open file."""
+    def upload(self, file: BufferedIOBase, key: str, sent: Sent = lambda total: None) -> None:
+        """Upload an object from an open file; `sent` is called for every 256 KiB."""
         transfers = TransferManager(self._client, _TRANSFER, executor_cls=DaemonThreads)
-        with _told(), transfers:
-            transfers.upload(fileobj=file, bucket=self._bucket, key=key).result()
+        progress = _Progress(sent)
+        with _told():
+            try:
+                with transfers:
+                    transfers.upload(file, self._bucket, key, subscribers=[progress]).result()
+            finally:
+                if progress.error is not None:
+                    raise progress.error
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
         """Write a small object if its current version is `expected`."""
@@ -137,6 +146,30 @@ class S3Bucket:
             for error in answer.get("Errors", ()):
                 status = 403 if error.get("Code") == "AccessDenied" else None
                 raise refused(status, error.get("Code", ""), error.get("Message", ""))
+
+
+class _Progress(BaseSubscriber):
+    """Adds up the bytes that the threads of an upload send; those of a retried part count once.
+
+    Attributes:
+        error: the exception of `sent`; it ends the upload. None if there was none.
+    """
+
+    def __init__(self, sent: Sent) -> None:
+        self.error: Exception | None = None
+        self._sent, self._total, self._guard = sent, 0, threading.Lock()
+
+    def on_progress(self, future: Any, bytes_transferred: int, **more: Any) -> None:
+        """Count bytes."""
+        with self._guard:
+            self._total += bytes_transferred
+            total = self._total
+        try:
+            self._sent(total)
+        except Exception as error:
+            self.error = error
+            future.cancel()  # otherwise botocore would send the part again, as after other errors
+            raise
 
 
 def _answer(error: botocore.exceptions.ClientError) -> tuple[int | None, str, str]:

@@ -57,7 +57,9 @@ def validate_report(config: ReportConfig) -> None:
         raise UserError("--run and --watch do not work together. Leave one of them out.")
     if runs.watch is not None:
         if page.output is not None:
-            raise UserError("--watch writes no file, so --output has no use. Leave it out.")
+            raise UserError(
+                "--watch writes no file, so --output has no effect. Leave --output out."
+            )
         if page.port is not None and not 0 <= page.port <= LARGEST_PORT:
             raise UserError(
                 f"--port {page.port} is not in 0 to {LARGEST_PORT}. Give another port, or 0 for "
@@ -65,9 +67,11 @@ def validate_report(config: ReportConfig) -> None:
             )
         return
     if page.port is not None:
-        raise UserError("--port is for --watch. Leave it out.")
+        raise UserError("--port is for --watch only. Leave --port out.")
     output = Path(page.output or OUTPUT)
     if output.is_dir():
         raise UserError(f"--output {output} is a directory. Name a file in it.")
     if not output.parent.is_dir():
-        raise UserError(f"--output {output} is in a directory that does not exist. Create it.")
+        raise UserError(
+            f"--output {output} is in a directory that does not exist. Create the directory."
+        )

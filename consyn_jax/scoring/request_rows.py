@@ -80,7 +80,8 @@ def read_tasks(files: tuple[str, ...], flag: str = "--requests") -> list[Task]:
         flag: The flag that names the files, for messages.
 
     Raises:
-        UserError: A file cannot be read or is empty, or a row is invalid; the message names it.
+        UserError: A file cannot be read or is empty, or a row is invalid; the message names the
+            file or the row.
     """
     found: dict[str, list[Request | Question]] = {}
     unused: dict[str, Counter[str]] = {}

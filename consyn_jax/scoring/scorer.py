@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of a sequence's tokens from position `first` on; one entry per token."""
+    """Scores of a sequence's tokens from position `Wanted.first` on; one entry per token."""
 
     log_likelihood: Float32[np.ndarray, " scored"]
     is_greedy: Bool[np.ndarray, " scored"]

@@ -73,8 +73,8 @@ def learn_merges(
     """Learn merges, in order, that add `num_new_tokens` tokens to the 256 bytes.
 
     Learning ends earlier if no pairs are left. Two merges may give the same token, which then
-    counts once. Source: Sennrich et al. 2016, algorithm 1; here pair counts are updated after each
-    merge and not computed anew.
+    counts once. Source: Sennrich et al. 2016, algorithm 1; here, pair counts are updated after each
+    merge instead of computed again.
 
     Args:
         reserved: special tokens, which no merge may produce, so that ordinary text never becomes

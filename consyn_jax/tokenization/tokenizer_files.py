@@ -172,8 +172,8 @@ def _declared(config: Mapping[str, Any]) -> dict[int, AddedToken]:
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"The tokenizer's {CONFIG} has a damaged added_tokens_decoder ({error}). "
-            "Download it again."
+            f"The tokenizer's {CONFIG} has a damaged added_tokens_decoder ({error}). Download the "
+            "file again."
         ) from error
 
 

@@ -40,8 +40,8 @@ class ConsynDataset:
     `block_size`, `seed` and i. In a pass over all items, every token of the split is a label
     exactly once. A validation split is not shuffled.
 
-    `ConsynTrainer` uses `packed` and `seed`, and shuffles anew in every epoch. Its first epoch has
-    the order of these items.
+    `ConsynTrainer` uses `packed` and `seed`, and shuffles anew in every epoch. The first epoch of
+    `ConsynTrainer` has the order of these items.
 
     Attributes:
         packed: The sequences in the order of the store.
@@ -54,7 +54,7 @@ class ConsynDataset:
         self.prepared, self.packed, self.seed, self.shuffle = prepared, packed, seed, shuffle
 
     def with_seed(self, seed: int) -> ConsynDataset:
-        """Return the same sequences in an order that another seed determines."""
+        """Return the same sequences, shuffled with another seed."""
         return ConsynDataset(self.prepared, self.packed, seed, self.shuffle)
 
     def __len__(self) -> int:
@@ -173,7 +173,7 @@ class MixedDataset:
         self.num_bytes = None if None in sizes else sum(size for size in sizes if size is not None)
 
     def with_seed(self, seed: int) -> MixedDataset:
-        """Return the same mixture in an order that another seed determines."""
+        """Return the same mixture, shuffled with another seed."""
         return MixedDataset(self.sources, self.weights, seed)
 
     def __len__(self) -> int:
@@ -324,7 +324,8 @@ def _warn_of_omissions(prepared: Prepared, packed: PackedSequences) -> None:
     bad = prepared.report.dropped.get("bad row", 0)
     if bad:
         warnings.warn(
-            f"{bad} bad rows were left out, the first: {prepared.report.examples['bad row'][0]}",
+            f"{bad} bad rows were left out. The first one: "
+            f"{prepared.report.examples['bad row'][0]}",
             stacklevel=3,
         )
     if isinstance(packed, WholeDocuments | PairDataset) and packed.lost_tokens:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,7 +41,7 @@ from consyn_jax.training.provenance.beginning_facts import begin_facts
 from consyn_jax.training.provenance.run_facts import RunFacts
 from consyn_jax.training.run import beginning
 from consyn_jax.training.run.beginning import newest_values
-from consyn_jax.training.run.directory import RunDirectory
+from consyn_jax.training.run.directory import RunDirectory, run_path, same_command
 from consyn_jax.training.run.identity import describe_derived
 from consyn_jax.training.run.live_report import LiveReport
 from consyn_jax.training.run.model_files import ModelFiles
@@ -74,6 +73,7 @@ class RunInputs:
         callbacks: Functions that make the user's callbacks.
         signals: Record of received signals, if the process already keeps one; otherwise None.
         exports_model: Whether the run writes best/, final/ and loss.png, and generates samples.
+        is_trial: Whether the run is a trial of a study, to which its directory belongs.
         began: `time.perf_counter()` when this start began, before it prepared data and model. The
             run's time counts from then.
     """
@@ -95,6 +95,7 @@ class RunInputs:
     callbacks: tuple[Maker, ...] = ()
     signals: Signals | None = None
     exports_model: bool = True
+    is_trial: bool = False
     began: float = field(default_factory=time.perf_counter)
 
 
@@ -276,11 +277,11 @@ def _enter(activities: ActivityClock, console: Console, phase: str) -> None:
 
 
 @contextmanager
-def run_resources(path: Path) -> Iterator[ExitStack]:
+def run_resources(run: RunConfig) -> Iterator[ExitStack]:
     """Return a context with the stack that closes the resources of a run.
 
     Args:
-        path: Directory of the run, for messages.
+        run: Configuration of the run, for messages.
 
     Raises:
         Interrupted: A signal came after the end of the run, while resources were closed.
@@ -294,8 +295,8 @@ def run_resources(path: Path) -> Iterator[ExitStack]:
         if not is_complete:
             raise
         raise Interrupted(
-            f"{settled(stopped)}: the run in {path} is complete, but its last files may be "
-            "incomplete. The same command again checks them."
+            f"{settled(stopped)}: the run in {run_path(run)} is complete, but its last files may "
+            f"be incomplete. Run {same_command(run.saving)} again to check them."
         ) from None
 
 
@@ -311,7 +312,9 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     refuse_differences([json.loads(text) for text in derived])
     writes = jax.process_index() == 0
     remote, fetch = open_remote(inputs.run, inputs.derived, stack) if writes else NO_REMOTE
-    directory = open_run_directory(inputs.run, inputs.derived, write=writes, fetch=fetch)
+    directory = open_run_directory(
+        inputs.run, inputs.derived, write=writes, fetch=fetch, is_trial=inputs.is_trial
+    )
     stack.callback(directory.close)
     path, minutes = directory.path, inputs.run.hardware.watchdog_minutes
     watchdog = stack.enter_context(Watchdog(path, minutes, current_process_group(), directory.beat))
@@ -324,8 +327,8 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
             "an id now."
         )
     if remote is not None:
-        keep, say = (saving.keep_last, saving.keep_every), (console.warn, console.note)
-        mirror = RunMirror(remote, directory, keep, *say, watchdog.moved)
+        say = console.warn, console.note
+        mirror = RunMirror(remote, directory, saving, *say, watchdog.moved)
         stack.push(lambda kind, *_: mirror.close(is_complete=kind is None))
     traced = parse_profile_steps(logging.profile_steps) if writes else None
     profile = Profile(traced, path / "profile", console.note, console.warn)

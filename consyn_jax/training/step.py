@@ -39,7 +39,7 @@ def new_scales(like: tuple[Any, ...]) -> tuple[Float[Array, "L arrays"], ...]:
     """Create the `scales` of a state that has made no step in fp8.
 
     Args:
-        like: Shape and sharding of each; empty without fp8.
+        like: Shape and sharding of each array; empty without fp8.
     """
     return tuple(
         jax.jit(first_scales, static_argnums=0, out_shardings=leaf.sharding)(leaf.shape[0])
@@ -68,8 +68,8 @@ _DROPOUT = 0x0D409  # sets these random numbers apart from others with the same 
 def clip_factor(norm: Float[Array, ""], max_norm: Number) -> Float[Array, ""]:
     """Return the factor that scales gradients of global norm `norm` down to at most `max_norm`.
 
-    A `max_norm` of 0 turns clipping off. The constant 1e-6 is as in
-    `torch.nn.utils.clip_grad_norm_`.
+    A `max_norm` of 0 turns clipping off. As in `torch.nn.utils.clip_grad_norm_`, 1e-6 is added to
+    `norm`.
     """
     if not is_used(max_norm):
         return jnp.ones_like(norm)

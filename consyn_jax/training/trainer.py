@@ -305,7 +305,7 @@ class ConsynTrainer:
         makers = user_makers(self.run.logging, self.origins, self._callbacks)
         training: Training | None = None
         try:
-            with explain_out_of_memory(), run_resources(run_path(self.run)) as stack:
+            with explain_out_of_memory(), run_resources(self.run) as stack:
                 training = Training(replace(self.run_inputs(), callbacks=makers), stack)
                 outcome = training.run()
         except (Diverged, Interrupted, UserError, KeyboardInterrupt):
@@ -357,7 +357,7 @@ class ConsynTrainer:
         directory can still be used for a new run.
 
         Raises:
-            UserError: The devices or the directory do not fit, or --decay_from is given.
+            UserError: The devices or the directory do not fit this run, or --decay_from is given.
         """
         check_beginning(self.run.optimizer)
         rates, path = rising_rates(self.run.optimizer.optimizer), run_path(self.run)

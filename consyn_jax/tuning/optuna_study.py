@@ -23,7 +23,12 @@ from consyn_jax.training.run.lock import RunLock, is_held
 from consyn_jax.tuning.search_space import Dimension
 from consyn_jax.tuning.space.untried_points import UntriedPoints, num_points
 from consyn_jax.tuning.study_directory import CLAIMS, JOURNAL, STUDY
-from consyn_jax.tuning.study_identity import check_values, identify, trial_directories
+from consyn_jax.tuning.study_identity import (
+    check_values,
+    identify,
+    public_url,
+    trial_directories,
+)
 from consyn_jax.tuning.study_journal import check_trials, open_journal, refuse_links
 from consyn_jax.tuning.tune_options import StudyOptions
 
@@ -157,8 +162,8 @@ class OptunaStudy:
 
     @property
     def address(self) -> str:
-        """The storage's address, in the form that `optuna-dashboard` accepts."""
-        return self._options.storage or str(self._place / JOURNAL)
+        """The storage's address, as `optuna-dashboard` takes it; a password must be added."""
+        return public_url(self._options.storage) or str(self._place / JOURNAL)
 
     def claim(self, limit: float) -> Claim | None:
         """Claim a trial that was interrupted, or begin a new trial.
@@ -253,9 +258,10 @@ class OptunaStudy:
         try:
             return self._optuna.storages.get_storage(url)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            shown = public_url(url)
+            reason = " ".join(str(error).replace(url, shown).split())[:200] or type(error).__name__
             raise UserError(
-                f"--storage {url} cannot be used ({reason}). Give a database URL such as "
+                f"--storage {shown} cannot be used ({reason}). Give a database URL such as "
                 "sqlite:///study.db."
             ) from error
 
@@ -271,7 +277,8 @@ class OptunaStudy:
                 if d.choices
                 else of_values.IntDistribution(d.low, d.high, log=d.is_log)
             )
-        return UntriedPoints(sampler, self._space, distributions, self._seed + number)
+        seed = self._seed + number
+        return UntriedPoints(sampler, self._space, distributions, lambda: self.trials, seed)
 
     def _sampler(self, number: int) -> Any:
         samplers, seed = self._optuna.samplers, (self._seed + 7919 * number) % LARGEST_SEED

@@ -27,7 +27,7 @@ from consyn_jax.training.program import TRAIN_AXES, Program
 from consyn_jax.training.program_arguments import is_used
 from consyn_jax.training.run.identity import SCHEDULE_FLAGS
 from consyn_jax.training.step import Batch, Metrics, Step, TrainState, new_scales
-from consyn_jax.tuning.search_space import Dimension
+from consyn_jax.tuning.search_space import Dimension, as_text
 from consyn_jax.tuning.varied_run import VariedRun
 from consyn_jax.validation import parse_multipliers
 
@@ -131,6 +131,33 @@ def flags_of_programs(space: Sequence[Dimension], varied: VariedRun) -> list[Dim
         if len({constants_of(run) for run in runs}) > 1:
             found.append(dimension)
     return found
+
+
+def compiled_values(space: Sequence[Dimension], varied: VariedRun) -> tuple[list[str], list[str]]:
+    """Find which values of the searched flags need a program of their own.
+
+    A range is judged by its ends and its middle.
+
+    Returns:
+        The flags of which each value has its own program; and, for other flags, the values, with
+        their flag, that do not share the program of most values.
+    """
+    first = {dimension.name: dimension.ends[0] for dimension in space}
+    flags_, others = list[str](), list[str]()
+    for d in flags_of_programs(space, varied):
+        middle = (
+            () if d.choices else ((d.low + d.high) // 2 if d.is_whole else (d.low + d.high) / 2,)
+        )
+        by_program: dict[Hashable, list[Any]] = {}
+        for value in dict.fromkeys((*d.ends, *middle)):
+            run = varied.with_values({**first, d.name: value})[0]
+            by_program.setdefault(constants_of(run), []).append(value)
+        groups = sorted(by_program.values(), key=len)
+        if len(groups[-1]) == 1:
+            flags_.append(d.name)
+        else:
+            others += [f"{d.name} {' or '.join(map(as_text, g))}" for g in groups[:-1]]
+    return flags_, others
 
 
 @dataclass(frozen=True)

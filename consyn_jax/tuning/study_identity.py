@@ -16,10 +16,9 @@ from typing import Any
 
 from consyn_jax.errors import UserError, listed, parse_fault
 from consyn_jax.files import make_directory, read_whole, write_whole
-from consyn_jax.training.run.directory import STUDY_RECORD
+from consyn_jax.training.run.directory import STUDY_RECORD, TRIAL_RECORD
 from consyn_jax.tuning.study_directory import JOURNAL, STUDY, TRIALS_DIRECTORY
 
-TRIAL = "trial.json"  # file in a trial's directory: the study, and the values of this trial
 LARGEST = 1 << 20  # bytes
 ANEW = "Name another --output, or delete that study with --overwrite."
 
@@ -30,7 +29,7 @@ class StudyRecord:
 
     Attributes:
         study: identity of the study.
-        storage: URL of its database, without user and password; "" for the journal.
+        storage: `public_url` of its database; "" for the journal.
     """
 
     study: str
@@ -44,12 +43,12 @@ def check_study(output: Path, storage: str | None) -> None:
         UserError: the study uses another storage, or a trial belongs to another study.
     """
     found = trial_directories(output)  # listed first: other processes write the record first
-    record = _record(output)
-    if record is not None and record.storage != _public(storage):
+    record, given = _record(output), public_url(storage)
+    if record is not None and record.storage != given:
         raise UserError(
             f"--output {output} has a study in {_place(output, record.storage)}, but the storage "
-            f"given is {_place(output, _public(storage))}. Use the same --storage as before, or "
-            "name another --output."
+            f"given is {_place(output, given)}. Use the same --storage as before, or name another "
+            "--output."
         )
     _check_identities(output, found, None if record is None else record.study)
 
@@ -68,11 +67,9 @@ def identify(output: Path, storage: str | None, stored: str | None, has_trials: 
         OSError: the directory cannot be written.
     """
     check_study(output, storage)
-    record = _record(output)
-    if record is None:
-        record, is_other = StudyRecord(secrets.token_hex(8), _public(storage)), stored is not None
-    else:
-        is_other = stored is not None and stored != record.study
+    known = _record(output)
+    record = known or StudyRecord(secrets.token_hex(8), public_url(storage))
+    is_other = stored is not None and (known is None or stored != known.study)
     where = _place(output, record.storage)
     if is_other or (stored is None and has_trials):
         raise UserError(f"{where} has a study that was not begun in --output {output}. {ANEW}")
@@ -116,9 +113,9 @@ def mark_trial(path: Path, study: str, values: Mapping[str, Any]) -> None:
         UserError: the directory belongs to another study or has other values, or cannot be written.
     """
     try:
-        if not (path / TRIAL).exists() and not (path.is_dir() and _is_used(path)):
+        if not (path / TRIAL_RECORD).exists() and not (path.is_dir() and _is_used(path)):
             make_directory(path)
-            write_whole(path / TRIAL, json.dumps({"study": study, "values": values}) + "\n")
+            write_whole(path / TRIAL_RECORD, json.dumps({"study": study, "values": values}) + "\n")
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}. Free some space, or name another "
@@ -128,21 +125,8 @@ def mark_trial(path: Path, study: str, values: Mapping[str, Any]) -> None:
     _compare(path, values)
 
 
-def refuse_trial(path: Path) -> None:
-    """Keep other runs out of the directory of a trial, whose log the study reads.
-
-    Raises:
-        UserError: the directory is that of a trial.
-    """
-    if (path / TRIAL).exists():
-        raise UserError(
-            f"--output {path} has a trial of a study, which only consyn-tune continues. Name "
-            "another --output."
-        )
-
-
 def _check_identities(output: Path, found: Sequence[Path], study: str | None) -> None:
-    others = [path for path in found if _read(path / TRIAL).get("study", "") != study]
+    others = [path for path in found if _read(path / TRIAL_RECORD).get("study", "") != study]
     if others:
         raise UserError(
             f"--output {output} has trials of another study: {listed(others)}. Name another "
@@ -151,9 +135,18 @@ def _check_identities(output: Path, found: Sequence[Path], study: str | None) ->
 
 
 def _compare(path: Path, values: Mapping[str, Any]) -> None:
-    old, new = _read(path / TRIAL).get("values"), json.loads(json.dumps(dict(values)))
+    old, new = _read(path / TRIAL_RECORD).get("values"), json.loads(json.dumps(dict(values)))
     if old != new:
-        raise UserError(f"{path} is of a trial with {old}, but the study has {new}. {ANEW}")
+        raise UserError(
+            f"{path} has a trial with {_told(old)}, but trial {path.name} of the study has "
+            f"{_told(new)}. {ANEW}"
+        )
+
+
+def _told(values: Any) -> str:
+    if not isinstance(values, dict):
+        return "unknown values"
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _is_used(directory: Path) -> bool:
@@ -169,7 +162,7 @@ def _record(output: Path) -> StudyRecord | None:
     study, storage = found.get("study"), found.get("storage")
     if not isinstance(study, str) or not isinstance(storage, str):
         raise UserError(f"{file} is damaged: it does not name a study and a storage. {ANEW}")
-    return StudyRecord(study, storage)
+    return StudyRecord(study, public_url(storage))  # an earlier version wrote the query
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -187,9 +180,20 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _public(storage: str | None) -> str:
-    """The URL of a storage without user and password, which must not get into a file."""
-    return re.sub(r"//[^/@]*@", "//", storage or "")
+def public_url(storage: str | None) -> str:
+    """The URL of a storage without user, password and query, for files and messages; "" for None.
+
+    If there is an @ after the first question mark, what is secret is unclear, and only the scheme
+    is kept.
+
+    >>> public_url("postgresql://me:a/b@db/studies?password=x"), public_url("sqlite:///a@b.db")
+    ('postgresql://db/studies', 'sqlite:///a@b.db')
+    """
+    scheme, slashes, rest = (storage or "").partition("//")
+    rest, _, query = rest.partition("?")
+    if not rest.startswith("/"):  # otherwise it is a path, without a user
+        rest = "" if "@" in query else rest.rpartition("@")[2]
+    return scheme.partition("?")[0] + slashes + rest
 
 
 def _place(output: Path, storage: str) -> str:

@@ -12,9 +12,8 @@ from consyn_jax.training.logging.charts import CHART_STYLE
 from consyn_jax.training.logging.formats import compact, decimals
 from consyn_jax.tuning.search_space import Dimension, as_text
 from consyn_jax.tuning.study_results import (
-    DIVERGED,
     DONE,
-    PRUNED,
+    OUTCOMES,
     RUNNING,
     StudyResults,
     TrialResult,
@@ -58,7 +57,7 @@ def _tiles(results: StudyResults) -> str:
     name = "no trial is done" if best is None else f"trial {best.number}"
     counts = [
         f"{results.count(outcome)} {outcome}"
-        for outcome in (DONE, PRUNED, DIVERGED, RUNNING)
+        for outcome in (*OUTCOMES, RUNNING)
         if results.count(outcome)
     ]
     tiles = [

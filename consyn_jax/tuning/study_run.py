@@ -20,18 +20,18 @@ from consyn_jax.errors import UserError
 from consyn_jax.evaluation_metrics import is_greater_better
 from consyn_jax.files import write_whole
 from consyn_jax.flags import flags, flat
-from consyn_jax.prepare_config import HOLD_OUT
 from consyn_jax.training.logging.console import Console, show
 from consyn_jax.training.logging.formats import decimals
 from consyn_jax.training.optim.schedules import build_schedule
-from consyn_jax.training.run.step_end import interval
+from consyn_jax.training.runtime.memory import StepTooLarge
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
 from consyn_jax.tuning.lanes.lane_programs import LanePrograms, pays, step_seconds
 from consyn_jax.tuning.optuna_study import Claim, OptunaStudy
 from consyn_jax.tuning.search_space import as_text, parse_search
-from consyn_jax.tuning.shared_programs import SharedPrograms, flags_of_programs
+from consyn_jax.tuning.shared_programs import SharedPrograms, compiled_values
 from consyn_jax.tuning.space.space_checks import check_space
+from consyn_jax.tuning.space.trial_lengths import BATCH_FLAGS, num_evaluations, tokens_grow_with
 from consyn_jax.tuning.space.untried_points import num_points
 from consyn_jax.tuning.study_directory import (
     PAGE,
@@ -52,12 +52,12 @@ from consyn_jax.tuning.study_results import (
     results_of,
     table,
 )
-from consyn_jax.tuning.trial_run import TrialRun
-from consyn_jax.tuning.trial_trainer import TrialTrainer
+from consyn_jax.tuning.trial_run import TrialRun, end_trial, has_begun
+from consyn_jax.tuning.trial_trainer import TrialTrainer, ValuesRefused, refusing_values
 from consyn_jax.tuning.tune_options import TRIALS, StudyOptions, TuneConfig, parse_lanes, seconds
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
-MOST_FAILURES = 5  # trials after which a study in which all trials fail ends
+MOST_FAILURES = 5  # failed trials in a row after which a command ends
 SAVE_MINUTES = 5.0  # between checkpoints of a trial, unless a flag says otherwise
 
 
@@ -90,8 +90,9 @@ class Tuning:
         self.space = parse_search(config.study.search)
         trainer = ConsynTrainer(**trainer_inputs(base))
         steps = trainer.total_steps
+        trainer.build()  # before the first trial, as this machine may be unable to train any
         check_space(self.space, lambda v: build_schedule(varied.with_values(v)[0].optimizer, steps))
-        evaluations = _num_evaluations(trainer, self.options)
+        evaluations = num_evaluations(trainer, self.metric, self.options.pruner)
         if config.saving.overwrite:
             delete_study(self.output)
         self.study = OptunaStudy(
@@ -104,11 +105,13 @@ class Tuning:
             seed=config.budget.seed,
             overwrite=config.saving.overwrite,
         )
+        self.compiled = compiled_values(self.space, varied)
+        self.tokens_grow_with = tokens_grow_with(trainer, self.space)
         self.points = num_points(self.space) or math.inf
         self.limit = min(_limit(self.options), self.points)
         budget = self.options.time_budget
         self.deadline = math.inf if budget is None else began + seconds(budget)
-        self.quiet = config.logging.quiet
+        self.quiet, self.failures = config.logging.quiet, 0  # failures in a row
 
     def run(self) -> StudyResults:
         """Train trials until their number or their time limit is reached, and write the results.
@@ -116,6 +119,8 @@ class Tuning:
         Raises:
             Interrupted: a signal ended the current trials; the same command continues them.
             Diverged, UserError: no trial is done; see `check_results`.
+            UserError: a trial failed whose values are not the reason, and is not ended; or
+                `MOST_FAILURES` trials failed in a row.
         """
         self._print_header()
         if self.options.vectorize is None:
@@ -125,20 +130,24 @@ class Tuning:
             run_lanes(lanes, partial(self._work, lanes))
         results = self.write_results()
         self._print_end(results)
-        if reason := self._all_failed(results):
-            raise UserError(
-                f"All {len(results.trials)} trials failed, the last one because: {reason} Then "
-                "start again with --overwrite."
-            )
+        self._check_failures(results)
         check_results(results, self.output)
         return results
 
-    def _all_failed(self, results: StudyResults, least: int = 1) -> str | None:
-        """The reason of the last failure if there are this many trials, and all of them failed."""
-        trials = results.trials
-        if len(trials) < least or any(trial.outcome != FAILED for trial in trials):
-            return None
-        return str(self.study.trials[-1].user_attrs.get(FAILURE, "unknown."))
+    def _check_failures(self, results: StudyResults) -> None:
+        """Check that not all trials failed, and not the last `MOST_FAILURES` of this command."""
+        failed = results.count(FAILED)
+        reasons = [t.user_attrs[FAILURE] for t in self.study.trials if FAILURE in t.user_attrs]
+        if reasons and failed == len(results.trials):
+            raise UserError(
+                f"All {failed} trials failed, the last one because: {reasons[-1]} Then start again "
+                "with --overwrite."
+            )
+        if reasons and self.failures >= MOST_FAILURES:
+            raise UserError(
+                f"{self.failures} trials in a row failed, the last one because: {reasons[-1]} Then "
+                "the same command goes on with the study."
+            )
 
     def _num_lanes(self, asked: str) -> int:
         """Number of trials to train side by side, given by `--vectorize` or measured."""
@@ -164,7 +173,7 @@ class Tuning:
             lane: the lane that calls this method; None without lanes.
         """
         while time.monotonic() < self.deadline and not (lane and lane.signals.received):
-            if self._all_failed(self.results(), MOST_FAILURES):
+            if self.failures >= MOST_FAILURES:
                 break
             claim = self.study.claim(self.limit)
             if claim is None:
@@ -173,6 +182,7 @@ class Tuning:
                 outcome = self._train(claim, lanes, lane)
             finally:
                 claim.release()
+            self.failures = self.failures + 1 if outcome == FAILED else 0
             results = self.write_results()
             self._note(claim, outcome, results)
 
@@ -186,19 +196,25 @@ class Tuning:
             ("trial", f"{claim.number}, in {path}"),
             *((name, as_text(value)) for name, value in claim.values.items()),
         ]
+        shared, signals = self.shared, None
+        if lane is not None:
+            shared, signals = LanePrograms(shared, lanes, lane), lane.signals
         try:
-            settings = self._trial_settings(claim.values, path, is_alone=lane is None)
-            inputs, shared, signals = self.trainer_inputs(settings), self.shared, None
-            if lane is not None:
-                shared, signals = LanePrograms(shared, lanes, lane), lane.signals
-            trainer = TrialTrainer(shared, header, signals, **inputs)
+            with refusing_values():
+                settings = self._trial_settings(claim.values, path, is_alone=lane is None)
+                trainer = TrialTrainer(shared, header, signals, **self.trainer_inputs(settings))
+                trainer.build()
             return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
         except UserError as error:
-            if _is_of_machine(error):
+            is_refused = isinstance(error, ValuesRefused) or (
+                # Otherwise all trials have the same program.
+                isinstance(error, StepTooLarge) and any(self.compiled)
+            )
+            # An earlier process may have trained these values, on another machine.
+            if not is_refused or has_begun(path):
                 raise UserError(f"Trial {claim.number}: {error}") from error
-            for name, value in ((OUTCOME, FAILED), (FAILURE, str(error))):
-                claim.trial.set_user_attr(name, value)
-            self.study.tell(claim, None)
+            facts = {OUTCOME: FAILED, FAILURE: str(error)}
+            end_trial(self.study, claim, path, None, facts)
             return FAILED
 
     def _trial_settings(self, values: Mapping[str, Any], path: Path, is_alone: bool) -> Settings:
@@ -223,7 +239,7 @@ class Tuning:
             for name, value in run.items()
             if known[name].math and name not in varied
         }
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_steps"):
+        for name in (*BATCH_FLAGS, "eval_steps"):
             if name not in varied:
                 own[f"--{name}"] = run[name]
         return {
@@ -267,7 +283,7 @@ class Tuning:
     def _print_header(self) -> None:
         so_far = self.results()
         limit = "no limit" if math.isinf(self.limit) else f"{self.limit:,.0f}"
-        if self.limit == self.points:
+        if self.limit == self.points < math.inf:
             limit += ", one for each point of the search space"
         rows = [
             ("search", " ".join(dimension.text() for dimension in self.space)),
@@ -283,10 +299,16 @@ class Tuning:
     def _notes(self) -> list[tuple[str, str]]:
         """Header rows about flags that are compiled, and about values that a search replaces."""
         rows, replaced = [], [d.name for d in self.space if ", instead" in self.base[1][d.name]]
-        if compiled := [d.name for d in flags_of_programs(self.space, self.varied)]:
-            rows.append(("compiled", f"again for each value of {', '.join(compiled)}"))
+        each, others = self.compiled
+        compiled = [f"again for each value of {', '.join(each)}"] if each else []
+        compiled += [f"once more for {', '.join(others)}"] if others else []
+        if compiled:
+            rows.append(("compiled", "; ".join(compiled)))
         if replaced:
             rows.append(("replaced", f"by --search in --config: {', '.join(replaced)}"))
+        if names := " or ".join(self.tokens_grow_with):
+            more = f"more in trials with a larger {names}, since --max_steps counts steps"
+            rows.append(("tokens", f"{more}; --total_tokens gives all trials the same number"))
         return rows
 
     def _note(self, claim: Claim, outcome: str, results: StudyResults) -> None:
@@ -324,42 +346,6 @@ class Tuning:
         where = f"Everything is in {self.output}: {', '.join(names)}."
         with Console(quiet=self.quiet) as console:
             console.finish([*lines, where])
-
-
-def _is_of_machine(error: UserError) -> bool:
-    """Whether a trial failed for want of a file or a package, and not because of its values."""
-    cause = error.__cause__
-    while cause is not None and not isinstance(cause, OSError | ImportError):
-        cause = cause.__cause__
-    return cause is not None
-
-
-def _num_evaluations(trainer: ConsynTrainer, options: StudyOptions) -> int:
-    """Number of evaluations of a complete trial.
-
-    Raises:
-        UserError: there are no evaluations, they lack the metric, or they are too few for the
-            pruner.
-    """
-    source, steps = trainer.eval_source, trainer.total_steps
-    if source is None:
-        raise UserError(
-            "A study compares evaluations, but there is no evaluation data: the validation "
-            f"split has no document. {HOLD_OUT}"
-        )
-    if options.metric == "eval/bits_per_byte" and not source.num_bytes:
-        raise UserError(
-            "--metric eval/bits_per_byte is never logged, because the size in bytes of the "
-            "evaluation text is unknown. Use eval/loss."
-        )
-    found = math.ceil(steps / interval(trainer.run.evaluation.eval_steps, steps))
-    if options.pruner != "none" and found < 2:
-        raise UserError(
-            f"--pruner {options.pruner} compares evaluations during training, but a trial of "
-            f"{steps} steps with --eval_steps {trainer.run.evaluation.eval_steps} has only one, "
-            "at its end. Lower --eval_steps, or use --pruner none."
-        )
-    return found
 
 
 def _limit(options: StudyOptions) -> float:

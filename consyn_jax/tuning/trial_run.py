@@ -59,8 +59,6 @@ class TrialRun:
         # An earlier process may have ended the run, or decided to end it, and been killed before it
         # reported this to the study.
         outcome = _recorded_outcome(lines)
-        if outcome is None and self.claim.reported and self._is_pruned():
-            outcome = PRUNED
         if outcome is None:
             try:
                 self.trainer.train()
@@ -80,20 +78,22 @@ class TrialRun:
     def on_evaluate(self, run: RunView, values: Mapping[str, Any]) -> None:
         """Report an evaluation to the study, and end the run if the pruner decides so."""
         self._report(values["step"], values[self.metric])
-        if values["step"] < self.total_steps and self._is_pruned():
+        number, last = self._number(values["step"]), self._number(self.total_steps)
+        # If an earlier process has evaluated further, it has decided here to go on.
+        is_newest = number >= max(self.claim.reported, default=0)
+        if is_newest and number < last and self.claim.trial.should_prune():
             run.stop(PRUNED)
 
-    def _is_pruned(self) -> bool:
-        """Whether the pruner ends the trial early; False after the trial's last evaluation."""
-        last = math.ceil(self.total_steps / self.eval_steps) - 1
-        return max(self.claim.reported, default=-1) < last and bool(self.claim.trial.should_prune())
+    def _number(self, step: int) -> int:
+        """The number of the evaluation at a step, counted from 0."""
+        return math.ceil(step / self.eval_steps) - 1
 
     def _report(self, step: int, value: float) -> None:
-        """Report the metric of an evaluation to Optuna, with the index of the evaluation.
+        """Report the metric of an evaluation to Optuna, with the number of the evaluation.
 
-        Indices start at 0. Pruners compare the metrics of different trials at the same index.
+        Pruners compare the metrics of different trials at the same number.
         """
-        number = math.ceil(step / self.eval_steps) - 1
+        number = self._number(step)
         if number not in self.claim.reported and not math.isnan(value):
             self.claim.trial.report(value, number)
             self.claim.reported[number] = value
@@ -104,21 +104,41 @@ class TrialRun:
         reached = max((line["step"] for line in metrics_of(self.path)), default=0)
         if outcome == DONE and not finite:  # the metric overflowed, or a callback ended the run
             outcome = DIVERGED if reached == self.total_steps else PRUNED
-        for name, value in ((STEP, reached), (STEPS, self.total_steps), (OUTCOME, outcome)):
-            self.claim.trial.set_user_attr(name, value)
         best = max if self.maximize else min
-        self.study.tell(self.claim, best(finite) if outcome == DONE else None)
-        for name in (CHECKPOINTS, "nonfinite"):  # the trial has ended and needs no saved states
-            remove(self.path / name)
+        value = best(finite) if outcome == DONE else None
+        facts = {STEP: reached, STEPS: self.total_steps, OUTCOME: outcome}
+        end_trial(self.study, self.claim, self.path, value, facts)
         return outcome
 
 
+def end_trial(
+    study: OptunaStudy, claim: Claim, path: Path, value: float | None, facts: Mapping[str, Any]
+) -> None:
+    """Report the end of a trial to the study, and delete what only a running trial needs.
+
+    Args:
+        path: the run directory.
+        value: the result; None if there is no result.
+        facts: user attributes of the trial.
+    """
+    for name, fact in facts.items():
+        claim.trial.set_user_attr(name, fact)
+    study.tell(claim, value)
+    for name in (CHECKPOINTS, "nonfinite"):
+        remove(path / name)
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the trial in a directory has taken a step."""
+    return any(line["step"] > 0 for line in metrics_of(path))
+
+
 def _recorded_outcome(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """The outcome of a trial according to its log; None if its run has not ended.
+    """The outcome of a trial according to its log; None if its run must go on.
 
     If a user's callback ends a trial, the trial counts as done, as with early stopping.
     """
     reasons = {line["event"]: line.get("reason") for line in lines if "event" in line}
-    if "finish" not in reasons:
-        return None
-    return PRUNED if reasons.get("stop") == PRUNED else DONE
+    if reasons.get("stop") == PRUNED:
+        return PRUNED
+    return DONE if "finish" in reasons else None

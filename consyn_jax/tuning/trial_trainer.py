@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import optax
 
 from consyn_jax.config import RunConfig
+from consyn_jax.errors import UserError
 from consyn_jax.training.open_run import RunInputs
 from consyn_jax.training.program import Built
 from consyn_jax.training.runtime.signals import Signals
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.tuning.shared_programs import SharedPrograms, TrialProgram
+
+
+class ValuesRefused(UserError):
+    """The values of a trial cannot be trained; nothing else is wrong."""
+
+
+@contextmanager
+def refusing_values() -> Iterator[None]:
+    """Let errors be `ValuesRefused`, except those for want of a file or a package."""
+    try:
+        yield
+    except UserError as error:
+        cause = error.__cause__
+        while cause is not None:
+            if isinstance(cause, OSError | ImportError):
+                raise
+            cause = cause.__cause__
+        raise ValuesRefused(str(error)) from error
 
 
 class TrialTrainer(ConsynTrainer):
@@ -60,4 +81,5 @@ class TrialTrainer(ConsynTrainer):
             warnings=[],
             signals=self.signals,
             exports_model=False,
+            is_trial=True,
         )

@@ -155,10 +155,12 @@ def _check_search_of_file(search: Any, origin: str) -> None:
     """Check that `search` in a config file is a list of texts, as on the command line.
 
     Raises:
-        UserError: it has another form, such as a mapping.
+        UserError: it has another form, such as a mapping, or one text for several flags.
     """
-    items = search if isinstance(search, list) else [search]
-    if not all(isinstance(item, str) and len(item.split()) == 1 for item in items):
+    is_list, known = isinstance(search, list), flags(RunConfig)
+    items = search if is_list else [search]
+    is_text = all(isinstance(item, str) for item in items)
+    if not is_text or (not is_list and any(n in known for n in re.findall(r"\s(\w+)=", search))):
         raise UserError(
             f"search ({origin}) must be a list of FLAG=VALUES. Write search: "
             "['lr=1e-4:1e-2:log', 'optimizer=adamw,muon']."

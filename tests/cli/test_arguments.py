@@ -389,7 +389,7 @@ def test_the_output_of_print_config_is_a_recipe_for_the_same_preparation(
         (
             ["--test_fraction", "0.5", "--validation_fraction", "0.5"],
             "--validation_fraction 0.5 and --test_fraction 0.5 leave nothing to train on. Lower "
-            "one of them.",
+            "one of the two fractions.",
         ),
         (
             ["--near_duplicates", "0.2"],

@@ -276,7 +276,7 @@ LLAMA = ["--max_tokens", "32", "--quiet", "--data", "good.txt"]
         (
             "--checkpoint llama",
             "--checkpoint llama has no tokenizer (its files: config.json, model.safetensors). Give "
-            "the tokenizer that it was trained with: --tokenizer and a directory or hub id.",
+            "the tokenizer that the model was trained with: --tokenizer and a directory or hub id.",
         ),
         (
             "--model llama",

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from consyn_jax.cli.exit_codes import DEFERRED_S, exit_code
+from consyn_jax.cli.exit_codes import DEFERRED_S, exit_code, keeping_what_is_saved
 from consyn_jax.errors import Diverged, Interrupted, ProcessMissing, Unsaved, UserError
 
 
@@ -38,6 +39,26 @@ def test_known_errors_print_one_line(
 ) -> None:
     assert fail(error) == code
     assert capsys.readouterr().err == f"consyn-x: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("advice", "shown"),
+    [
+        ("Free space, and run the same command again.", "again without --overwrite."),
+        ("The same command continues from step 9.", "The same command without --overwrite cont"),
+        ("With the same command, each continues.", "the same command without --overwrite, each"),
+        ("Run the same command without --overwrite again.", "without --overwrite again."),
+        ("Nothing is saved. The same command starts anew.", "The same command starts anew."),
+        ("Run the same command again to start anew.", "the same command again to start anew."),
+    ],
+)
+def test_advice_to_continue_does_not_delete_what_is_saved(advice: str, shown: str) -> None:
+    for error in (UserError(advice), Interrupted(advice), ProcessMissing(advice)):
+        with pytest.raises(type(error), match=re.escape(shown)), keeping_what_is_saved(True):
+            raise error
+        same = f"^{re.escape(advice)}$"
+        with pytest.raises(type(error), match=same), keeping_what_is_saved(False):
+            raise type(error)(advice)
 
 
 def test_no_text_of_a_message_drives_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,9 @@ def test_mistakes_are_one_line(model: Path, capfd: pytest.CaptureFixture[str]) -
     assert "--mesh tensor=3 is for 3 devices" in refused(
         capfd, name, "--prompt", "x", "--mesh", "tensor=3"
     )
-    assert "Use tensor or fsdp" in refused(capfd, name, "--prompt", "x", "--mesh", "context=8")
+    assert "Use the axis tensor or fsdp" in refused(
+        capfd, name, "--prompt", "x", "--mesh", "context=8"
+    )
     assert "nowhere" in refused(capfd, "nowhere", "--prompt", "x")
     own = ["--prompt", "x", "--output", f"{name}/model.safetensors"]
     assert "is a file of the model" in refused(capfd, name, *own)

@@ -1,5 +1,6 @@
 """`consyn-prepare` from the command line."""
 
+import errno
 import fcntl
 import io
 import json
@@ -17,6 +18,11 @@ import pytest
 
 from consyn_jax.cli.prepare import main
 from consyn_jax.cli.progress_bar import Bar
+from consyn_jax.data.preparation import build
+from consyn_jax.data.preparation.journal import Journal
+from consyn_jax.data.store import manifest
+from consyn_jax.data.store.manifest import delete_store
+from consyn_jax.errors import AGAIN
 
 TINY = ["--tokenizer", "bytes", "--num_workers", "1", "--output", "tokens"]
 
@@ -261,8 +267,8 @@ class TestOverwrite:
         message = refused(capfd, "--data", "rows.jsonl", "--overwrite")
         assert (
             message
-            == "--overwrite would delete notes.md in --output tokens, which does not belong to a "
-            "token store. Move it elsewhere."
+            == "--output tokens contains notes.md, which is not part of a token store. Move it "
+            "elsewhere, because --overwrite would delete it."
         )
         assert Path("tokens/notes.md").exists()
 
@@ -283,6 +289,40 @@ class TestOverwrite:
                 capfd, "--data", "rows.jsonl", "--overwrite"
             )
         prepared("--data", "rows.jsonl", "--overwrite")
+
+    def test_the_lock_is_held_during_the_deletion(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        prepared("--data", "corpus")
+
+        def delete(path: Path) -> None:
+            with (path / "preparing/lock").open() as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            delete_store(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "delete_store", delete)
+            prepared("--data", "rows.jsonl", "--overwrite")
+        assert not Path("tokens/preparing").exists()
+
+    def test_a_link_in_place_of_the_lock_is_not_followed(self) -> None:
+        prepared("--data", "corpus")
+        Path("elsewhere").mkdir()
+        Path("tokens/preparing").symlink_to("../elsewhere")
+        prepared("--data", "rows.jsonl", "--overwrite")
+        assert list(Path("elsewhere").iterdir()) == []
+
+    @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+    def test_a_full_disk_says_how_to_continue(
+        self, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(build, "JOURNAL_SECONDS", 0)
+        monkeypatch.setattr(Journal, "write", full)
+        again = "run the same command again without --overwrite" if flags else AGAIN
+        assert refused(capfd, "--data", "rows.jsonl", "--quiet", *flags).endswith(
+            f"No space left on device. Make room, and {again}; it continues."
+        )
 
     def test_an_unfinished_preparation(self) -> None:
         Path("tokens/preparing").mkdir(parents=True)

@@ -1,16 +1,24 @@
 """Joining processes into one run: the cluster, what may differ between them, and their GPUs."""
 
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
-from types import ModuleType
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
+from threads import together
 
+from consyn_jax.distributed import launch
 from consyn_jax.distributed.cluster import Place, find_cluster
-from consyn_jax.distributed.launch import facts, refuse_differences, share_devices
-from consyn_jax.errors import UserError
+from consyn_jax.distributed.launch import facts, refuse_differences, runtime, share_devices
+from consyn_jax.distributed.process_group import ProcessGroup
+from consyn_jax.errors import Interrupted, Unsaved, UserError, settled
 from consyn_jax.resolve import resolve
 
 SCHEDULERS = ("SLURM_", "OMPI_", "KUBERNETES_")
@@ -166,7 +174,7 @@ def test_differences_are_named_with_their_processes() -> None:
     assert str(refused.value) == (
         "The processes of this run differ in --lr: 0.001 in processes 0, 2, 3, 0.002 in process 1; "
         "jax: 0.10.2 in processes 0 to 2, 0.9.1 in process 3. "
-        "Start all with the same command, packages and kind of machine."
+        "Start all with one command, the same packages and one kind of machine."
     )
     words = r"--a: 1 in process 0, missing in process 1;.* and 2 more\. Start"
     with pytest.raises(UserError, match=words):
@@ -211,3 +219,78 @@ def test_more_processes_than_gpus_are_refused() -> None:
     )
     with pytest.raises(UserError, match=words):
         share_devices([("a", ["0", "1"])] * 3)
+
+
+# ---------------------------------------------------------------------------------------- the end
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> list[ProcessGroup]:
+    """Two processes as threads; the main thread is process 1."""
+    groups = sorted((group for group, _ in together(0, 1, count=2)), key=lambda g: g.process_id)
+
+    def meet(place: Place, *more: object) -> tuple[ProcessGroup, dict[str, Any]]:
+        is_main = threading.current_thread() is threading.main_thread()
+        return groups[1 if is_main else 0], {"port": 1, "devices": [None, None]}
+
+    monkeypatch.setattr(launch, "meet", meet)
+    monkeypatch.setattr(launch, "_initialize", lambda *more: None)
+    monkeypatch.setattr(launch, "_devices", lambda: "1 x cpu")
+    monkeypatch.setattr(launch.jax.distributed, "shutdown", lambda: None)
+    return groups
+
+
+@pytest.fixture
+def dropped() -> Iterator[list[int]]:
+    """Signals that no code has settled. SIGUSR1 is raised as commands raise SIGTERM."""
+    found: list[int] = []
+
+    def come(number: int, frame: FrameType | None) -> None:
+        raise Unsaved(number, found.append)
+
+    before = signal.signal(signal.SIGUSR1, come)
+    yield found
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("said", ["", "SIGUSR1: the run is complete, and no longer waits."])
+def test_a_signal_while_process_0_still_uploads_does_not_say_that_nothing_is_saved(
+    said: str, two: list[ProcessGroup], dropped: list[int]
+) -> None:
+    """All processes end as process 0 does. The signal comes twice, and ends no wait."""
+    run = resolve({"model": "haiku", **process("localhost:1", 2, 1)})[0]
+    main = threading.main_thread().ident or 0
+
+    def main_is_in(function: str) -> bool:
+        names, until = set[str](), time.monotonic() + 60
+        while function not in names and time.monotonic() < until:
+            time.sleep(0.01)
+            frame, names = sys._current_frames()[main], set()
+            while frame is not None:
+                names.add(frame.f_code.co_name)
+                frame = frame.f_back
+        return function in names
+
+    def upload() -> None:
+        with runtime(run):
+            for _ in range(2):
+                if main_is_in("result"):
+                    signal.pthread_kill(main, signal.SIGUSR1)
+                time.sleep(0.1)
+            if said:
+                raise Interrupted(said)
+
+    def wait() -> str:
+        try:
+            with runtime(run):
+                return ""
+        except Interrupted as ended:
+            return str(ended)
+        except Unsaved as stopped:
+            return f"not saved: {settled(stopped)}"
+
+    with ThreadPoolExecutor(1) as threads:
+        uploads = threads.submit(upload)
+        assert wait() == (f"{two[0].names[0]}: {said}" if said else "")
+        assert str(uploads.exception() or "") == said
+    assert dropped == []

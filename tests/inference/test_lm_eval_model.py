@@ -70,5 +70,5 @@ def compare(one: Any, other: Any) -> None:
 def test_mistakes(shared_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Write --model_args pretrained=MODEL"):
         ConsynLM()
-    with pytest.raises(UserError, match="has parallelize, which consyn does not know"):
+    with pytest.raises(UserError, match="has parallelize, which --model consyn does not know"):
         ConsynLM(pretrained="x", parallelize=True)

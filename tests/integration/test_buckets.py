@@ -92,8 +92,7 @@ def there(server: Server, key: str) -> dict[str, int]:
     return {each.key.removeprefix(f"{key}/"): each.size for each in found}
 
 
-def start(
-    nursery: Nursery,
+def command(
     server: Server,
     machine: Path,
     key: str,
@@ -102,8 +101,8 @@ def start(
     exit_s: float = 120.0,
     environment: dict[str, str] | None = None,
     held: int = NEVER,
-) -> Child:
-    """The run on a machine: with its own cache, and nothing of another's.
+) -> dict[str, Any]:
+    """The arguments of a nursery for the run on a machine: with its own cache, and nothing of another's.
 
     Args:
         held: it takes no data after this step before there is a file `go` on the machine.
@@ -115,7 +114,13 @@ def start(
     before = BEFORE.format(environment=own, step_s=step_s, exit_s=exit_s, held=held, go=go)
     where = ["--data", server.url("corpus"), "--remote", server.url(key)]
     where += ["--output", machine / "run"]
-    return nursery.start(*FLAGS, *where, *flags, before=before)
+    return {"flags": [*FLAGS, *where, *flags], "before": before}
+
+
+def start(nursery: Nursery, *given: Any, **more: Any) -> Child:
+    """Start the run on a machine; see `command`."""
+    made = command(*given, **more)
+    return nursery.start(*made["flags"], before=made["before"])
 
 
 def last_step(path: Path) -> int:
@@ -227,6 +232,37 @@ def test_killed_and_wiped_and_resumed_from_the_copy_alone(
     assert "lease.json" not in there(server, "killed")
 
 
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize("server", SCHEMES, indirect=True)
+def test_an_upload_tells_how_much_it_has_sent_and_can_be_ended(
+    server: Server, tmp_path: Path
+) -> None:
+    """Also in the middle of an object, and without a retry of the client."""
+    size, totals = 40 << 20, list[int]()
+    (tmp_path / "file").write_bytes(bytes(size))
+
+    def end(total: int) -> None:
+        totals.append(total)
+        if total >= 10 << 20:
+            raise Enough
+
+    with in_environment(server.environment), (tmp_path / "file").open("rb") as file:
+        bucket = open_bucket(parse(server.url("progress")))
+        bucket.upload(file, "progress/whole", totals.append)
+        assert totals == sorted(totals)
+        assert len(totals) > 4
+        assert max(totals) == size
+        totals.clear()
+        file.seek(0)
+        with pytest.raises(Enough):
+            bucket.upload(file, "progress/half", end)
+        assert max(totals) < 20 << 20
+        assert [each.key for each in bucket.find("progress/")] == ["progress/whole"]
+
+
 @pytest.mark.parametrize("server", SCHEMES[:1], indirect=True)
 def test_of_two_starts_one_is_refused(
     nursery: Nursery, server: Server, whole: Run, tmp_path: Path
@@ -329,6 +365,28 @@ def test_a_server_that_hangs_at_the_end_holds_no_process(
     again = start(nursery, server, tmp_path / "one", key)
     assert again.wait() == 0, again.said
     assert newest_mark(server, key) == STEPS
+
+
+@pytest.mark.parametrize("server", SCHEMES[:1], indirect=True)
+def test_a_signal_ends_both_processes_alike_while_one_of_them_uploads(
+    nursery: Nursery, server: Server, tmp_path: Path
+) -> None:
+    key, path = "both", tmp_path / "one" / "run"
+    made = command(server, tmp_path / "one", key, exit_s=600.0, held=11)
+    two = nursery.together(*made["flags"], before=made["before"])
+    await_mark(two[0], server, key, 5)
+    server.gate.mode = "hang"
+    (tmp_path / "one" / "go").touch()
+    await_said(two[0], "Everything is in", 1)
+    time.sleep(1.0)
+    assert two[1].alive, two[1].said
+    for child in reversed(two):
+        child.signal(signal.SIGTERM)
+    assert [child.wait() for child in two] == [75, 75], [child.said for child in two]
+    said = f"SIGTERM: the run in {path} is complete, and no longer waits for --remote"
+    assert f"consyn-train: {said}" in two[0].said
+    assert f"consyn-train: process 0 (pid {two[0].pid} on " in two[1].said
+    assert f"): {said}" in two[1].said
 
 
 @pytest.mark.parametrize("server", SCHEMES, indirect=True)

@@ -254,7 +254,7 @@ def test_a_worker_that_is_killed(
     said, complaint = process.communicate(timeout=240)
     assert said.startswith(
         "A worker process was killed by signal 9; running out of memory is the usual cause. Lower "
-        "--num_workers"
+        "--num_workers, and run the same command again."
     )
     assert complaint == ""
     assert_all_end(str(tmp_path))

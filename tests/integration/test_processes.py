@@ -281,7 +281,7 @@ def test_a_wrong_launch_ends_each_process_with_one_sentence(
     assert set(refused(*flags)) == {
         "consyn-train: The processes of this run differ in --lr: "
         "0.1 in process 0, 0.2 in process 1. "
-        "Start all with the same command, packages and kind of machine.\n"
+        "Start all with one command, the same packages and one kind of machine.\n"
     }
     assert all(
         "The processes of this run differ in the training data: " in said
@@ -332,7 +332,7 @@ def test_a_second_run_is_refused_a_directory_in_use_but_may_continue_a_dead_run(
     assert re.fullmatch(
         rf"consyn-train: --output {re.escape(str(tmp_path / 'run'))} is in use by another process: "
         rf"pid {first.pid} on {re.escape(socket.gethostname())}, "
-        r"since 20[\d: +-]+\. Wait for it, or name another directory\.\n",
+        r"since 20[\d: +-]+\. Wait for that process, or name another directory\.\n",
         second.said,
     ), second.said
     assert first.alive

@@ -190,7 +190,7 @@ ray_calls._task = dying
         driver(corpus, tmp_path / "store", nodes, before=before),
         "A worker process on the Ray cluster was killed 2 times at the same block; running out of "
         "memory is the usual cause. Give Ray fewer CPUs on each node, or lower --num_workers, and "
-        "run the command again.\n",
+        "run the same command again; it continues.\n",
     )
     assert "Traceback" not in complaint
 

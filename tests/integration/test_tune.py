@@ -9,13 +9,19 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
 
 from consyn_jax.cli import train, tune
 from consyn_jax.errors import UserError
-from consyn_jax.tuning.trial_run import TrialRun
+from consyn_jax.flags import flat
+from consyn_jax.training import ConsynTrainer
+from consyn_jax.training.runtime.memory import StepTooLarge
+from consyn_jax.tuning.study_identity import mark_trial
+from consyn_jax.tuning.trial_run import TrialRun, end_trial
+from consyn_jax.tuning.trial_trainer import TrialTrainer
 
 from .conftest import TINY
 from .nursery import Nursery
@@ -193,39 +199,127 @@ def test_the_header_names_what_is_compiled_again_and_what_a_search_replaces(
     assert re.search(r"compiled +again for each value of qk_norm\n", said)
     assert re.search(r"replaced +by --search in --config: lr\n", said)
     assert re.search(r"trials +4, one for each point of the search space; 0 so far\n", said)
+    ranges = [*map(str, given[:-6]), str(tmp_path / "c"), "--time_budget", "0.001s"]
+    assert tune.main([*ranges, "--search", "dropout=0:0.3", "z_loss=0.1:0.2"]) == 2
+    said = capfd.readouterr().err
+    assert re.search(r"trials +no limit; 0 so far\n", said)
+    assert re.search(r"compiled +once more for dropout 0\n", said)
+    assert "--total_tokens" not in said
+    ranges[ranges.index(str(tmp_path / "c"))] = str(tmp_path / "d")
+    assert tune.main([*ranges, "--search", "gradient_accumulation_steps=1,2"]) == 2
+    said = capfd.readouterr().err
+    assert re.search(r"tokens +more in trials with a larger gradient_accumulation_steps, ", said)
     requests = [*map(str, given[:-6]), str(tmp_path / "b"), "--search", "lr=0.1,0.2"]
     assert tune.main([*requests, "--eval_requests", "nofile.jsonl"]) == 2
     assert "nofile.jsonl in --eval_requests does not exist" in capfd.readouterr().err
 
 
-def test_a_trial_that_is_refused_fails_and_the_study_goes_on(
-    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With an error that only the trial itself shows; then all trials fail, and the disk does."""
-    cause: list[Exception] = []
+class Faults:
+    """Trials of one flag that end at once: done, or with the error for their value (0: for all)."""
 
-    def refuse(self: TrialRun) -> str:
-        if not cause and self.claim.values["seed"] == 2:
-            self.claim.trial.set_user_attr("outcome", "done")
-            self.study.tell(self.claim, 1.0)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, start: list[str]) -> None:
+        self.start, self.building = start, dict[int, UserError]()
+        self.training, self.search = dict[int, UserError](), "seed=1:99"
+        plain, faults = TrialTrainer.build, self
+
+        def build(self: TrialTrainer, *schedule: Any) -> Any:
+            faults._raise(faults.building, flat(self.run)[faults.flag])
+            return plain(self, *schedule)
+
+        def train(self: TrialRun) -> str:
+            mark_trial(self.path, self.study.identity, self.claim.values)
+            faults._raise(faults.training, self.claim.values[faults.flag])
+            end_trial(self.study, self.claim, self.path, 1.0, {"outcome": "done"})
             return "done"
-        raise UserError(f"No seed {self.claim.values['seed']}.") from next(iter(cause), None)
 
-    monkeypatch.setattr(TrialRun, "run", refuse)
-    given = [*TINY, "--validation_fraction", "0.2", "--data", corpus, "--output"]
-    start = [str(word) for word in given]
-    assert tune.main([*start, str(tmp_path / "a"), "--search", "seed=1:3", "--trials", "9"]) == 0
+        monkeypatch.setattr(TrialTrainer, "build", build)
+        monkeypatch.setattr(TrialRun, "run", train)
+
+    def _raise(self, errors: dict[int, UserError], value: int) -> None:
+        if (error := errors.get(0, errors.get(value))) is not None:
+            raise error
+
+    @property
+    def flag(self) -> str:
+        return self.search.partition("=")[0]
+
+    def tune(self, output: Path, *more: str) -> int:
+        given = [*self.start, "--output", str(output), "--search", self.search]
+        return tune.main([*given, *more])
+
+
+@pytest.fixture
+def faults(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Faults:
+    given = [*TINY, "--validation_fraction", "0.2", "--data", str(corpus)]
+    return Faults(monkeypatch, [*given, "--sampler", "random"])
+
+
+def test_a_trial_whose_values_are_refused_fails_and_the_study_goes_on(
+    faults: Faults, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With an error that only the trial itself shows."""
+    faults.search = "gradient_accumulation_steps=1:12"
+    faults.building = {number: UserError(f"No {number}.") for number in (1, 5, 9)}
+    faults.training = {number: StepTooLarge(f"No room for {number}.") for number in (3, 7, 11)}
+    output = tmp_path / "a"
+    assert faults.tune(output, "--trials", "99") == 0
     said = capfd.readouterr()
-    assert "seed 1: no value, failed: No seed 1." in said.err
-    assert "The search space has 3 points, and all have been tried." in said.err
-    assert said.out.count("failed") == 2
-    assert tune.main([*start, str(tmp_path / "b"), "--search", "seed=3:99"]) == 2
-    assert "All 5 trials failed, the last one because: No seed" in capfd.readouterr().err
-    cause.append(OSError("no space"))
-    for _ in range(2):  # nothing is recorded
-        assert tune.main([*start, str(tmp_path / "c"), "--search", "seed=1:3"]) == 2
-        assert capfd.readouterr().err.splitlines()[-1].startswith("consyn-tune: Trial 0: No seed")
-    assert trials(tmp_path / "c") == {0: "RUNNING"}
+    assert "steps 1: no value, failed: No 1." in said.err
+    assert "steps 3: no value, failed: No room for 3." in said.err
+    assert "The search space has 12 points, and all have been tried." in said.err
+    assert "6 done, 6 failed" in (output / "study.html").read_text()
+    faults.search = "seed=1:99"
+    # A study does not lose all its trials to one fault, also if others are done.
+    faults.building[0] = UserError("No seed.")
+    assert faults.tune(tmp_path / "b") == 2
+    assert "All 5 trials failed, the last one because: No seed." in capfd.readouterr().err
+    assert trials(tmp_path / "b") == dict.fromkeys(range(5), "PRUNED")
+    del faults.building[0]
+    assert faults.tune(tmp_path / "b", "--trials", "7") == 0
+    faults.building[0] = UserError("No seed.")
+    assert faults.tune(tmp_path / "b", "--time_budget", "1h") == 2
+    assert "5 trials in a row failed, the last one because: No seed." in capfd.readouterr().err
+    assert len(trials(tmp_path / "b")) == 12
+
+
+def test_a_fault_that_is_not_of_the_values_ends_the_command_and_no_trial(
+    faults: Faults, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "study"
+
+    def ends_with(sentence: str) -> None:
+        assert faults.tune(output) == 2
+        assert capfd.readouterr().err.splitlines()[-1] == f"consyn-tune: Trial 0: {sentence}"
+        assert trials(output) == {0: "RUNNING"}
+
+    faults.training[0] = UserError("A device ran out of memory.")
+    ends_with("A device ran out of memory.")
+    faults.training[0] = UserError("--output is now used by another process.")
+    ends_with("--output is now used by another process.")
+    faults.training[0] = StepTooLarge("All trials need 9 GiB.")
+    ends_with("All trials need 9 GiB.")
+    faults.building[0] = UserError("A file is missing.")
+    faults.building[0].__cause__ = OSError("no such file")
+    ends_with("A file is missing.")
+    # An earlier process has trained this trial: a smaller machine must not lose it.
+    log = output / "trials" / "0000" / "metrics.jsonl"
+    (log.parent / "checkpoints" / "2").mkdir(parents=True)
+    log.write_text('{"step": 2, "tokens": 1, "time_s": 1.0, "train/loss": 1.0}\n')
+    faults.building[0] = StepTooLarge("The train step needs 9 GiB.")
+    ends_with("The train step needs 9 GiB.")
+    assert (log.parent / "checkpoints" / "2").exists()
+
+
+def test_a_machine_that_cannot_train_at_all_begins_no_trial(
+    faults: Faults,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ConsynTrainer, "build", Mock(side_effect=UserError("No mesh fits.")))
+    assert faults.tune(tmp_path / "study") == 2
+    assert capfd.readouterr().err == "consyn-tune: No mesh fits.\n"
+    assert not (tmp_path / "study" / "study").exists()
 
 
 @pytest.mark.slow

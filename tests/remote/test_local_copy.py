@@ -7,7 +7,8 @@ from memory_bucket import MemoryBucket
 
 from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.data.sources.discovery import find_sources
-from consyn_jax.errors import UserError
+from consyn_jax.data.sources.recognition.unread_structure import unused_separator
+from consyn_jax.errors import UserError, with_urls
 from consyn_jax.files import cache_directory
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.remote import local_copy as module
@@ -79,6 +80,28 @@ def test_stores_and_messages_name_the_url_and_not_the_copy(
     assert stores[0] == stores[1]
     with pytest.raises(UserError, match=r"^Nothing in the directory s3://bucket/odd can be used"):
         find_sources(["s3://bucket/odd"])
+
+
+def test_a_message_also_names_the_directory_of_the_copy(bucket: MemoryBucket) -> None:
+    """So that a damaged copy can be deleted."""
+    copy = local_copy("s3://bucket/corpus/a.txt")
+    error = UserError(f"{copy} is damaged, and so is {copy}. Copy it again.")
+    said = "s3://bucket/corpus/a.txt is damaged, and so is s3://bucket/corpus/a.txt. Copy it again."
+    place = f" (s3://bucket/corpus is copied to {copy.parent})"
+    assert str(error) == said + place
+    assert str(UserError(f"--data: {error}")) == f"--data: {said}{place}", "once is enough"
+    assert str(UserError("s3://bucket/corpus is empty.")) == "s3://bucket/corpus is empty."
+    assert with_urls(f"{copy} is damaged") == "s3://bucket/corpus/a.txt is damaged"
+
+
+def test_a_separator_that_separates_nothing_is_named_with_urls(bucket: MemoryBucket) -> None:
+    bucket._write("plain/a.txt", b"one\r\n---\r\ntwo\r\n")
+    sources = find_sources(["s3://bucket/plain"]).sources
+    url = "s3://bucket/plain/a.txt"
+    assert unused_separator(sources, "\n---\n") == (
+        f"--document_separator $'\\n---\\n' separates no documents in {url}. Lines end with CRLF in "
+        f"{url}, so write the separator as $'\\r\\n---\\r\\n' there."
+    )
 
 
 def test_what_is_in_the_cache_is_not_downloaded_again(bucket: MemoryBucket) -> None:

@@ -331,7 +331,7 @@ def test_a_growing_corpus_has_an_order_and_no_length() -> None:
     assert list(held_out.evaluation(4, ALL)) == []
     with pytest.raises(UserError, match=r"Pass consyn_jax\.data\.streaming\.FirstWindows\("):
         source.evaluation(4, ALL)
-    with pytest.raises(UserError, match="is a FirstWindows, which is for evaluation"):
+    with pytest.raises(UserError, match=r"is the validation data of a corpus \(FirstWindows\)"):
         held_out.training(0, 4, 1, ALL)
     held_out.close()
     assert not corpus.closed
@@ -465,7 +465,9 @@ def test_halved_batches_give_the_same_steps_and_evaluation() -> None:
     ids=["batches", "items", "items with labels", "an item among others", "a batch among others"],
 )
 def test_longer_sequences_are_refused_and_shorter_ones_are_padded(data: Any) -> None:
-    with pytest.raises(UserError, match=r"needs max_tokens=8, but max_tokens is 7\. Shorten it"):
+    with pytest.raises(
+        UserError, match=r"needs max_tokens=8, but max_tokens is 7\. Shorten the sequence"
+    ):
         source_of(data, block_size=7)
     source = source_of(data, block_size=11)
     for batch in (next(source.training(0, 4, 1, ALL)), next(source.evaluation(4, ALL))):

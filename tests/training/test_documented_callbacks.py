@@ -185,6 +185,6 @@ def test_a_wrong_class_ends_the_command_before_slow_work(
     assert "a class named only in a file is not imported" in capfd.readouterr().err
     assert "my_trackers" not in sys.modules
     assert main([*words, "none", "wandb"]) == 2
-    assert "--logging_backend none wandb: none turns off all trackers" in capfd.readouterr().err
+    assert "--logging_backend none wandb: 'none' turns off all trackers" in capfd.readouterr().err
     assert main([*words, "tensorbord"]) == 2
     assert "did you mean tensorboard?" in capfd.readouterr().err

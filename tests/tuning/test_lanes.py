@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ from consyn_jax.cli import tune
 from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.training.logging.tracking.callbacks import RunView
+from consyn_jax.training.runtime.memory import Memory
 from consyn_jax.tuning.lanes import lane_programs
 from consyn_jax.tuning.lanes.lane import Lane, run_lanes
 from consyn_jax.tuning.lanes.lane_programs import LanePrograms, lanes_step, pays, step_seconds
@@ -225,6 +227,29 @@ def test_what_lanes_cannot_do_is_named_before_the_data_is_read(
     said = capfd.readouterr().err
     assert sentence in said
     assert said.count("\n") == 1
+
+
+def test_too_many_lanes_end_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The values of a trial are not the reason."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("A sentence.\n\n" * 500)
+    sizes = {"hidden_dim": 16, "num_heads": 2, "num_kv_heads": 2, "num_layers": 1, "mlp_dim": 16}
+    sizes |= {"max_tokens": 16, "batch_size": 8, "max_steps": 4, "eval_steps": 2}
+    given = ["--model", "haiku", "--tokenizer", "bytes"]
+    given += [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    given += ["--data", str(corpus), "--validation_fraction", "0.2", "--logging_backend", "none"]
+    given += ["--output", str(tmp_path / "study"), "--search", "lr=0.1:0.2", "--vectorize", "2"]
+    monkeypatch.setattr(lane_programs.jax, "device_count", lambda: 1)
+    monkeypatch.setattr(lane_programs, "_lowered", Mock())
+    monkeypatch.setattr(lane_programs, "step_memory", lambda _: Memory(1 << 33, 1 << 33))
+    monkeypatch.setattr(lane_programs, "device_bytes", lambda: 1 << 33)
+    assert tune.main(given) == 2
+    said = capfd.readouterr().err
+    assert "Trial 0: 2 trials side by side need 16.0 GiB, but a device has 8.0. Give a sm" in said
+    journal = (tmp_path / "study" / "study" / "journal.log").read_text()
+    assert '"failed"' not in journal
 
 
 def test_an_adapter_is_refused() -> None:

@@ -13,14 +13,17 @@ from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.resolve import preset_architecture, resolve
 from consyn_jax.training.optim.schedules import build_schedule
 from consyn_jax.training.program import TRAIN_AXES, Program, build_program
+from consyn_jax.tuning.search_space import parse_search
 from consyn_jax.tuning.shared_programs import (
     FREE_FLAGS,
     RATES,
     SharedPrograms,
     TrialProgram,
+    compiled_values,
     numbers_of,
     program_key,
 )
+from consyn_jax.tuning.varied_run import VariedRun
 
 STEPS, LENGTH = 6, 16
 TINY: dict[str, Any] = {
@@ -212,6 +215,28 @@ def test_multipliers_of_the_same_groups_share_a_program() -> None:
 
     assert key("embedding=2,norms=3") == key("norms=1,embedding=0")
     assert key("embedding=2,norms=3") != key("embedding=2")
+
+
+ZEROS, PLATEAU = ["dropout 0", "z_loss 0"], "scheduler plateau"
+FACTORS = ["mlp=1", "mlp=2", "mlp=3", "head=1", "head=2"]
+
+
+@pytest.mark.parametrize(
+    ("search", "each", "others"),
+    [
+        ("lr=0.1:0.2 dropout=0.1:0.2 warmup_steps=0:3", [], []),
+        ("dropout=0:0.3 z_loss=0:0.1 label_smoothing=0:0.1", [], [*ZEROS, "label_smoothing 0"]),
+        ("dropout=0,0.1,0.2 scheduler=cosine,linear,plateau", [], ["dropout 0", PLATEAU]),
+        (f"lr_multipliers={';'.join(FACTORS)}", [], [f"lr_multipliers {' or '.join(FACTORS[3:])}"]),
+        ("dropout=0,0.1 optimizer=adamw,lion,muon", ["dropout", "optimizer"], []),
+        ("num_layers=1:4 batch_size=8:16", ["num_layers", "batch_size"], []),
+    ],
+)
+def test_the_values_that_need_a_program_of_their_own(
+    search: str, each: list[str], others: list[str]
+) -> None:
+    varied = VariedRun({"model": "haiku"}, {})
+    assert compiled_values(parse_search(search.split()), varied) == (each, others)
 
 
 def test_every_free_flag_is_a_flag() -> None:

@@ -98,11 +98,19 @@ def test_a_journal_that_has_lost_a_trial_is_refused(tmp_path: Path) -> None:
 def test_another_trial_of_the_same_study_is_refused(tmp_path: Path) -> None:
     opened = study(tmp_path)
     path = train(opened, tmp_path)
-    with pytest.raises(UserError, match=r"trials/0000 is of a trial with \{'lr': 0\.00\d+\}, but"):
+    with pytest.raises(UserError, match=r"trials/0000 has a trial with lr 0\.00\d+, but tr"):
         mark_trial(path, opened.identity, {"lr": 0.5})
     foreign = json.loads((path / "trial.json").read_text()) | {"values": {"lr": 0.5}}
     (path / "trial.json").write_text(json.dumps(foreign))
-    with pytest.raises(UserError, match=r"trials/0000 is of a trial with \{'lr': 0\.5\}, but the"):
+    with pytest.raises(UserError) as raised:
+        study(tmp_path)
+    (own,) = (trial.params["lr"] for trial in opened.trials)
+    assert str(raised.value) == (
+        f"{path} has a trial with lr 0.5, but trial 0000 of the study has lr {own}. Name another "
+        "--output, or delete that study with --overwrite."
+    )
+    (path / "trial.json").write_text(json.dumps(foreign | {"values": None}))
+    with pytest.raises(UserError, match="trials/0000 has a trial with unknown values, but trial"):
         study(tmp_path)
     (path / "trial.json").unlink()
     with pytest.raises(UserError, match="has trials of another study"):
@@ -132,6 +140,39 @@ def test_no_password_is_written(tmp_path: Path) -> None:
     check_study(tmp_path, "postgresql://you:changed@db/studies")
     with pytest.raises(UserError, match="but the storage given is postgresql://other/studies"):
         check_study(tmp_path, "postgresql://me:secret@other/studies")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:pa55/pa55@db/studies", "postgresql://db/studies"),
+        ("postgresql://me:pa55@pa55@db:5432/studies", "postgresql://db:5432/studies"),
+        ("postgresql://db/studies?user=me&password=pa55", "postgresql://db/studies"),
+        ("postgresql://db/studies?password=se@pa55", "postgresql://"),
+        ("postgresql://me:pa55?pa55@db/studies", "postgresql://"),
+        ("sqlite:////home/me@lab/study.db", "sqlite:////home/me@lab/study.db"),
+    ],
+)
+def test_no_password_of_a_url_is_written_or_told(url: str, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    identify(tmp_path, url, None, False)
+    text = (tmp_path / "study" / "study.json").read_text()
+    assert json.loads(text)["storage"] == shown
+    with pytest.raises(UserError, match="the storage given is mysql://") as raised:
+        check_study(tmp_path, url.replace(url.partition(":")[0], "mysql"))
+    assert "pa55" not in str(raised.value)
+    with pytest.raises(UserError, match=r"--storage nothing://.* cannot be used") as raised:
+        study(tmp_path / "other", storage=f"nothing{url[url.index(':') :]}")
+    assert "pa55" not in str(raised.value)
+
+
+def test_a_query_that_an_earlier_version_wrote_goes_and_the_study_goes_on(tmp_path: Path) -> None:
+    plain = f"sqlite:///{tmp_path / 'x.db'}"
+    url, record = f"{plain}?timeout=5", tmp_path / "study" / "study.json"
+    assert study(tmp_path, storage=url).address == plain
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"storage": url}))
+    study(tmp_path, storage=url)
+    assert json.loads(record.read_text())["storage"] == plain
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"study": 1}', "[" * 9999])

@@ -30,6 +30,7 @@ TRIALS = [
     TrialResult(3, "running", None, {"lr": 5e-3}, {}, 0, 0),
     TrialResult(4, "diverged", None, {"lr": 1e-2, "optimizer": "muon"}, {}, 5, 20),
 ]
+FAILED = TrialResult(5, "failed", None, {"lr": 2e-2, "optimizer": "muon"}, {})
 
 
 def results(maximize: bool = False) -> StudyResults:
@@ -56,8 +57,9 @@ def test_the_page_shows_every_trial_and_the_best_one_once() -> None:
     assert "consyn-train &lt;x&gt;" in page
     assert "<td>75%</td>" in page
     assert "31%" in page
-    for outcome in ("2 done", "1 pruned", "1 diverged", "1 running"):
-        assert outcome in page
+    assert "2 done, 1 pruned, 1 diverged, 1 running" in page
+    page = study_page(StudyResults([*TRIALS, FAILED], SPACE, "eval/loss", False), "x", {}, "x")
+    assert "2 done, 1 pruned, 1 diverged, 1 failed, 1 running" in page
 
 
 def test_a_page_without_results_is_a_page() -> None:

@@ -32,8 +32,8 @@ class Trainer:
 
     total_steps, run = TOTAL, resolve({"eval_steps": EVERY})[0]
 
-    def __init__(self, path: Path, values: list[float], end: str = "") -> None:
-        self.path, self.values, self.end = path, values, end
+    def __init__(self, path: Path, values: list[float], end: str = "", first: int = 0) -> None:
+        self.path, self.values, self.end, self.first = path, values, end, first
 
     def add_callback(self, callback: Any) -> None:
         self.observer = callback
@@ -42,8 +42,9 @@ class Trainer:
         """Write the log, as far as the observer lets it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with MetricsLog(self.path) as log:
+            log.truncate_from(EVERY * self.first)
             step = 1
-            for i, value in enumerate(self.values):
+            for i, value in enumerate(self.values, self.first):
                 step = EVERY * (i + 1)
                 line = log.write(step, 1, {"eval/loss": value})
                 view = RunView(self.path)
@@ -69,13 +70,15 @@ def opened(tmp_path: Path) -> Callable[..., OptunaStudy]:
     return study
 
 
-def run(study: OptunaStudy, tmp_path: Path, values: list[float], end: str = "") -> str:
-    """Work on the next trial; `values` are what its trainer evaluates to."""
+def run(
+    study: OptunaStudy, tmp_path: Path, values: list[float], end: str = "", first: int = 0
+) -> str:
+    """Work on the next trial; `values` are its trainer's evaluations from number `first` on."""
     claim = study.claim(99)
     assert claim is not None
     path = tmp_path / "trials" / str(claim.number)
     try:
-        trainer: Any = Trainer(path, values, end)
+        trainer: Any = Trainer(path, values, end, first)
         return TrialRun(study, claim, "eval/loss", False, path, trainer).run()
     finally:
         claim.release()
@@ -147,6 +150,24 @@ def test_a_kill_after_the_decision_to_prune_trains_nothing(
         run(study, tmp_path, [9.0, 9.0, 9.0, 9.0], end="killed")
     assert run(opened(pruner="median"), tmp_path, []) == "pruned"
     assert len(study.trials) == 7
+
+
+@pytest.mark.parametrize("first", [2, 1, 0])
+def test_a_trial_that_goes_on_is_pruned_only_at_its_next_evaluation(
+    opened: Callable[..., OptunaStudy], tmp_path: Path, first: int
+) -> None:
+    """Other trials have become better meanwhile; the checkpoint is after evaluation `first` - 1."""
+    study = opened(pruner="median")
+    with pytest.raises(Interrupted):
+        run(study, tmp_path, [9.0, 9.0], end="killed")
+    claim = study.claim(99)
+    assert claim is not None
+    for _ in range(6):
+        run(study, tmp_path, [2.0, 1.5, 1.2, 1.0])
+    claim.release()
+    assert run(study, tmp_path, [9.0] * (4 - first), first=first) == "pruned"
+    # The process may have been killed before it decided at its last evaluation, with number 1.
+    assert result(study).step == EVERY * (max(first, 1) + 1)
 
 
 def test_the_last_evaluation_is_never_pruned(

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from tiny_trials import MODEL, ROWS
 
-from consyn_jax.errors import Interrupted
+from consyn_jax.errors import Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.training import ConsynTrainer
 from consyn_jax.training.logging.tracking.callbacks import RunView
 from consyn_jax.tuning.shared_programs import SharedPrograms
+from consyn_jax.tuning.study_identity import mark_trial
 from consyn_jax.tuning.trial_trainer import TrialTrainer
 
 
@@ -71,6 +73,17 @@ def test_a_trial_is_stopped_after_an_evaluation_and_its_state_is_saved(
     events = [line["event"] for line in logged if "event" in line]
     assert [event for event in events if event in ("stop", "finish")] == ["stop", "finish"]
     assert str(last) in [path.name for path in (tmp_path / "checkpoints").iterdir()]
+
+
+def test_only_its_own_trainer_writes_to_a_trial(tmp_path: Path, shared: SharedPrograms) -> None:
+    mark_trial(tmp_path, "study", {})
+    other = ConsynTrainer(
+        ConsynLMHeadModel.from_config(MODEL, seed=0), ROWS, output_dir=tmp_path, max_steps=1
+    )
+    for call in (other.train, other.describe):
+        with pytest.raises(UserError, match="has a trial of a study, which only consyn-tune"):
+            call()
+    assert trainer(tmp_path, shared).train()["step"] == 6
 
 
 def test_a_trial_keeps_no_model_and_no_sample(tmp_path: Path, shared: SharedPrograms) -> None:

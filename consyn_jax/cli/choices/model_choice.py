@@ -181,8 +181,8 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
 def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return a header line that lists the sizes and the budget set by the config file.
 
-    If a flag names another model, the values of the file apply to that model, too, and the line
-    tells the user. The list is empty if no flag names a model, or the file sets no such value.
+    If a flag names the model, the sizes in the file apply to that model, and this line tells the
+    user. The list is empty if no flag names a model, or the file sets no sizes and no budget.
     """
     groups = (config.model, config.budget)
     names = [f.name for group in groups for f in fields(group) if f.name not in _NOT_SIZES]

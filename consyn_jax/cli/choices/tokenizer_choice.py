@@ -52,7 +52,7 @@ def choose_tokenizer(
             found = sorted(file.name for file in choice.weights.iterdir())
             raise UserError(
                 f"--checkpoint {checkpoint} has no tokenizer (its files: "
-                f"{', '.join(found[:8])}). Give the tokenizer that it was trained with: "
+                f"{', '.join(found[:8])}). Give the tokenizer that the model was trained with: "
                 "--tokenizer and a directory or hub id."
             )
         return own
@@ -114,8 +114,8 @@ def with_tokens(shape: ModelConfig, choice: ModelChoice, tokenizer: BPETokenizer
 def tokenizer_notes(choice: ModelChoice, tokenizer: BPETokenizer) -> list[Note]:
     """Header lines about the tokenizer.
 
-    They name the tokens that begin and end a document, and warn of text that the tokenizer drops
-    and of a checkpoint that ends texts with another token.
+    They name the tokens that begin and end a document. They also warn if the tokenizer drops some
+    text, or if the checkpoint ends texts with another token.
     """
     names = {role: repr(name) for role, name in tokenizer.special_tokens.items() if name}
     begin = names["bos_token"] if tokenizer.first_id is not None else "no BOS"

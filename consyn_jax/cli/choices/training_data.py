@@ -58,8 +58,8 @@ def check_data(data: DataOptions) -> bool:
     for item in data.data:
         if data.data_weights and data.data.count(item) > 1:
             raise UserError(
-                f"--data names {item} twice, but a mixture has one weight for each item. Give "
-                "it once."
+                f"--data names {item} twice, but a mixture has one weight for each item. Give each "
+                "item once."
             )
     corpora = [
         find_sources(part, data.dataset_type, invalid_utf8=data.invalid_utf8)
@@ -116,7 +116,7 @@ def _items(options: CorpusOptions, parts: Sequence[tuple[str, ...]]) -> Iterator
     """Yield the options of each item of a mixture.
 
     A token store already has splits, so its options get the default `validation_fraction`. If all
-    items are stores, they keep the user's value, and `prepare` refuses it.
+    items are stores, their options keep the user's `validation_fraction`, which `prepare` refuses.
     """
     from consyn_jax.data.store.manifest import is_store
 
@@ -317,7 +317,7 @@ def noticed(
     tokenizer: BPETokenizer,
     report: Report | None = None,
 ) -> list[Note]:
-    """Header lines about text files whose structure is not read, with the flags that read it.
+    """Header lines about text files whose structure is not read, and the flags that would read it.
 
     Args:
         report: counts of all sources, in their order; None while they are unknown.
@@ -332,8 +332,8 @@ def noticed(
     texts = unread_structure(sources, options, end_text)
     if options.document_separator is not None and report is not None:
         counts = zip(sources, report.sources, strict=False)  # a damaged report has none
-        names = [s.name for s, n in counts if s.kind == "text" and n["documents"] == 1]
-        texts += [unused_separator(names, separator(options).decode())] if names else []
+        single = [s for s, n in counts if s.kind == "text" and n["documents"] == 1]
+        texts += [unused_separator(single, separator(options).decode())] if single else []
     return [("noticed", text) for text in texts]
 
 

@@ -17,7 +17,9 @@ def asked(config: RunConfig, mode: str) -> str | None:
     """
     found = [name for name in QUESTIONS if getattr(config.proof, name) is not None]
     if config.proof.json and not found:
-        raise UserError("--json belongs to --documents_of, --replay_step or --verify. Add one.")
+        raise UserError(
+            "--json needs --documents_of, --replay_step or --verify. Add one of these flags."
+        )
     if len(found) + bool(mode) > 1 and found:
         other = mode or found[1]
         raise UserError(

@@ -67,7 +67,7 @@ def _table(title: str, columns: dict[str, Sequence[Row]]) -> Iterator[str]:
     """Yield the lines of a table with a row for each place in the model.
 
     Args:
-        columns: statistics by name of the column; each column lists the same places.
+        columns: the statistics of each column, by its name; all columns list the same places.
     """
     places = [row.place for row in next(iter(columns.values()))]
     width = max(map(len, [title, *places]))

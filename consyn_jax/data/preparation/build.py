@@ -29,7 +29,7 @@ from consyn_jax.data.sources.sample_reader import SAMPLE
 from consyn_jax.data.split import DIGEST_BYTES, SPLITS, joined_digest
 from consyn_jax.data.store import TokenStoreWriter
 from consyn_jax.data.store.manifest import PAIRS_VERSION, PREPARING, SOURCES
-from consyn_jax.errors import UserError, listed, remedy
+from consyn_jax.errors import AGAIN, UserError, listed, remedy
 from consyn_jax.prepare_config import CorpusOptions
 from consyn_jax.tokenization import BPETokenizer
 
@@ -54,9 +54,6 @@ class Preparation:
         state: the initial state, or the journal of an earlier process; it is updated in place.
         resumed: whether `state` is the journal of an earlier process.
 
-    Attributes:
-        is_unusable: whether `finish` found that the data cannot become a store.
-
     Raises:
         UserError: `directory` cannot be written, or does not match the journal.
     """
@@ -64,7 +61,6 @@ class Preparation:
     def __init__(self, spec: Spec, directory: Path, state: Journal, resumed: bool) -> None:
         self.spec, self.directory, self.state = spec, directory, state
         self.report, self.preparing = state.report, directory / PREPARING
-        self.is_unusable = False
         if not isinstance(spec.tokenizer, str):
             self.tokenizer = spec.tokenizer
         elif resumed:
@@ -137,14 +133,15 @@ class Preparation:
 
         Raises:
             UserError: no document is left, or the files of the data changed during the preparation
-                (then `is_unusable` is true); or a file cannot be read or written.
+                (then the journal is gone, so the caller deletes the unfinished store); or a file
+                cannot be read or written.
         """
         silent = dataclasses.replace(self.spec, progress=lambda stage, done, total: None)
         contents = contents_of(silent)
         fault = self._fault(key_of(silent, contents))
         if fault:
-            self.is_unusable = True
-            self.writer.abandon()
+            with suppress(OSError):  # a later command finds the same fault
+                (self.preparing / JOURNAL).unlink(missing_ok=True)
             raise UserError(fault)
         self.report.splits = self.writer.totals
         if any(name in CONVERSATIONS for name in self.report.formats):
@@ -199,7 +196,7 @@ class Preparation:
         if key != self.state.key:
             return (
                 f"The files of --data changed while {self.directory} was made from them. Do not "
-                "change the files, and run the same command again."
+                f"change the files, and {AGAIN}."
             )
         return ""
 
@@ -328,7 +325,7 @@ class Preparation:
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
             f"{self.directory} cannot be written: {error.strerror or error}. "
-            f"{remedy(error)}, and run the same command again; it continues."
+            f"{remedy(error)}, and {AGAIN}; it continues."
         )
 
 

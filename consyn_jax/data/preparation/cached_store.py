@@ -66,7 +66,8 @@ class Prepared:
         from_cache: whether the store was already complete in the cache.
         validation: the sources in `used` that are validation data.
         one_writer: why `--shared_directory` had no effect; "" if it had an effect or was not given.
-        scratch: directories in `--shared_directory` that are not needed and could not be removed.
+        scratch: sentences about the directories in `--shared_directory` that are not needed any
+            more and could not be removed.
     """
 
     store: TokenStore | JoinedStores | RawTokens
@@ -76,7 +77,7 @@ class Prepared:
     from_cache: bool
     validation: tuple[Source, ...] = ()
     one_writer: str = ""
-    scratch: tuple[Path, ...] = ()
+    scratch: tuple[str, ...] = ()
 
     @property
     def validation_is_empty(self) -> bool:

@@ -23,7 +23,7 @@ from consyn_jax.data.store.manifest import (
     delete_store,
     has_manifest,
 )
-from consyn_jax.errors import UserError, listed
+from consyn_jax.errors import AGAIN, UserError, listed
 from consyn_jax.files import irregular, open_regular, read_whole, remove, try_lock
 from consyn_jax.prepare_config import CorpusOptions
 
@@ -102,7 +102,7 @@ class Destination:
             if STORE_FILE.fullmatch(entry.name) and (found := irregular(entry)):
                 raise UserError(
                     f"{found[0]} is {found[1]}, and a token store must not contain this. Remove "
-                    "it, and run the same command again."
+                    f"it, and {AGAIN}."
                 )
 
     def journal(self) -> Journal | None:
@@ -190,6 +190,8 @@ class Destination:
             yield
         finally:
             os.close(lock)
+            with suppress(OSError):  # empty on NFS, which kept the lock file until it was closed
+                self.preparing.rmdir()
 
     def _wait_for_lock(self, stop: Callable[[], bool]) -> int:
         failures = 0
@@ -225,8 +227,8 @@ class Destination:
         os.close(lock)
         if not is_free and not self.in_cache:
             raise UserError(
-                f"{self.directory} is being prepared by another process. Wait for that process, "
-                "or give another --output."
+                f"--output {self.directory} is in use by another process. Wait for that process, "
+                "or give another directory."
             )
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 from typing import NamedTuple
 
 from consyn_jax.data.preparation.build import Preparation, Publish
@@ -14,7 +13,6 @@ from consyn_jax.data.preparation.preparation_spec import Spec
 from consyn_jax.data.preparation.segments.engines import start_tasks
 from consyn_jax.data.preparation.segments.job_directory import remove_scratch
 from consyn_jax.data.preparation.segments.many_writers import ManyWriters, one_writer_reason
-from consyn_jax.errors import UserError
 
 
 class Built(NamedTuple):
@@ -22,11 +20,11 @@ class Built(NamedTuple):
 
     Attributes:
         was_complete: whether the store was already complete.
-        scratch: directories of segments that it could not remove.
+        scratch: sentences about the directories of segments that it could not remove.
     """
 
     was_complete: bool
-    scratch: tuple[Path, ...] = ()
+    scratch: tuple[str, ...] = ()
 
 
 def build(spec: Spec, destination: Destination, publish: Publish | None = None) -> Built:
@@ -64,9 +62,10 @@ def _make(spec: Spec, destination: Destination, publish: Publish | None) -> None
             state = Journal.begin(spec, destination.key, single=True)
             _fill(spec, destination, state, False, publish)
     except BaseException:
-        if not (destination.preparing / JOURNAL).exists():
-            remove_scratch(destination.directory)
-        destination.remove_fragment()
+        begun = (destination.preparing / JOURNAL).exists()
+        # Segments that cannot be removed stay noted in the store, so that a later command says so.
+        if not begun and not remove_scratch(destination.directory):
+            destination.remove_fragment()
         raise
 
 
@@ -89,16 +88,10 @@ def _fill(
 
 def _by_many(spec: Spec, destination: Destination) -> bool:
     """Write the store with many writers; return whether it is complete, as `_fill` does."""
-    writers = ManyWriters(spec, destination)
-    with start_tasks(spec) as tasks:
+    with closing(ManyWriters(spec, destination)) as writers, start_tasks(spec) as tasks:
         state = writers.fill(tasks)
     with closing(Preparation(spec, destination.directory, state, resumed=True)) as preparation:
         is_complete = not preparation.is_one_row
-        try:
-            if is_complete:
-                preparation.finish()
-        except UserError:
-            if preparation.is_unusable:  # so no later command can take up the segments
-                writers.remove()
-            raise
+        if is_complete:
+            preparation.finish()
     return is_complete

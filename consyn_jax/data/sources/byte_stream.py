@@ -78,7 +78,7 @@ class ByteStream:
 
     @property
     def num_bytes(self) -> int | None:
-        """Number of bytes from here to the end; None if they must be decompressed or decoded."""
+        """Number of bytes left in the stream; None if the file is compressed, UTF-16 or UTF-32."""
         if not self.is_plain:
             return None
         return os.fstat(self.file.fileno()).st_size - self.file.tell() + len(self._ahead)

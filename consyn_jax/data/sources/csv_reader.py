@@ -82,7 +82,7 @@ class _Form:
         self.columns = next(self.parsed(lines), [])
         twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if twice:
-            raise UserError(f"{path} has more than one column {twice[0]!r}. Rename one of them.")
+            raise UserError(f"{path} has several columns named {twice[0]!r}. Rename all but one.")
 
     def parsed(self, lines: Iterator[str] | Sequence[str]) -> Iterator[list[str]]:
         """Parse lines of text into records, each a list of fields."""

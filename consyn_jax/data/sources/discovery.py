@@ -141,7 +141,7 @@ def _inside(name: str, found: Path, place: Path) -> Path:
 
 
 def _beginning(name: str) -> Path:
-    """Return the path before the first wildcard of a pattern; return an existing path whole.
+    """Return the path before the first wildcard of a pattern; return an existing path unchanged.
 
     The split of a file is recognised only by the names below this path.
 

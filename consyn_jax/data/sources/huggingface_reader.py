@@ -51,7 +51,7 @@ class HuggingFaceReader(Reader):
         return dataset_rows.size(name)
 
     def can_seek(self, name: str) -> bool:
-        """Whether reading can skip whole row groups, which it can in local files."""
+        """Whether reading can skip whole row groups; true for local files."""
         return bool(self.files(name))
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:

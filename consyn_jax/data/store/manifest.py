@@ -10,10 +10,10 @@
                            of the loss, 0 for other tokens. The first token of a document has 2 if
                            the document needs no BOS in front of it
     SPLIT-00000.origins    only in stores that were prepared from sources; three little-endian
-                           uint64 for each document. The first is the index of its source in
-                           sources.json. For a row, the others are the row's number and 0. For text,
-                           they are the byte offsets in the decompressed source at which the
-                           document begins and ends
+                           uint64 for each document. The first is the index of the document's source
+                           in sources.json. For a row, the second is its number and the third is 0.
+                           For text, the second and third are the byte offsets of the document's
+                           start and end in the decompressed source
     sources.json           the sources, in order: name, kind, SHA-256 of each file
 
 In version 3, each document is a pair of answers to the same prompt: prompt and chosen answer, then
@@ -25,6 +25,7 @@ manifest is not a finished store. docs/design/data.md has the reasons.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -117,14 +118,20 @@ def delete_store(directory: Path) -> None:
     """Delete the files of a token store, finished or not, and its directory if nothing is left.
 
     The entries that mark a directory as a store are deleted last, so that an interrupted deletion
-    can be repeated.
+    can be repeated. The very last one is the directory with the lock, which the caller holds. On
+    NFS this directory stays until the lock is released.
     """
     entries = list(directory.iterdir()) if directory.is_dir() else []
-    for entry in sorted(entries, key=lambda entry: entry.name in (MANIFEST, PREPARING)):
+    last = {MANIFEST: 1, PREPARING: 2}
+    for entry in sorted(entries, key=lambda entry: last.get(entry.name, 0)):
         if not STORE_FILE.fullmatch(entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            try:
+                shutil.rmtree(entry)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or entry.name != PREPARING:
+                    raise
         else:
             entry.unlink(missing_ok=True)
     with suppress(OSError):  # the directory is not empty, or was never made

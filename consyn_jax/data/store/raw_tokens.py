@@ -56,7 +56,8 @@ class _RawFile:
             if size % dtype.itemsize:
                 raise UserError(
                     f"{path} has {size:,} bytes, which is not a multiple of 4, the size of a token "
-                    f"id for a vocabulary of {vocab_size:,}. Give the --tokenizer that made it."
+                    f"id for a vocabulary of {vocab_size:,}. Give the --tokenizer that made the "
+                    "file."
                 )
         self.numbers = NumberFile(str(path), dtype, count, head.offset)
         self.verified = False
@@ -75,7 +76,7 @@ class _RawFile:
                     raise UserError(
                         f"{self.path} contains numbers of 32 bits or more, but for a "
                         f"vocabulary of {self.vocab_size:,} tokens, a .bin file must have 16-bit "
-                        "numbers. Write it as uint16, or as .npy."
+                        "numbers. Write the file as uint16, or as .npy."
                     )
                 if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
                     wrong = (tokens < 0) | (tokens >= self.vocab_size)
@@ -248,7 +249,7 @@ class RawTokens:
 
     Args:
         paths: files in order. The name of a file decides its split (`data.split.split_of_name`; by
-            default "train"). If `validation` is given, all of them are in "train".
+            default "train"). If `validation` is given, all files in `paths` are in "train".
         tokenizer: the tokenizer that made the ids. If it has more than 65,536 tokens, files of
             nanoGPT are read as uint32.
         validation: files for the split "validation".

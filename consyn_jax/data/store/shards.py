@@ -193,7 +193,8 @@ class Shard(Tokens):
     def verify(self) -> None:
         """Check the files of the shard, on the first call only, at about 1 GB/s.
 
-        The file of origins is checked by `origins` instead, because training does not read it.
+        Training does not read the file with the documents' origins, so only `origins` checks that
+        file.
 
         Raises:
             UserError: a file does not match its checksum, or its content is invalid.

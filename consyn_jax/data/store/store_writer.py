@@ -36,9 +36,9 @@ SHARD_TOKENS = 1 << 24
 
 
 def documents_to_fill(ends: Int64[np.ndarray, " documents"], tokens: int) -> int:
-    """Number of documents that a shard needs to have at least `tokens` tokens.
+    """Number of documents after which a shard has at least `tokens` tokens.
 
-    If all documents have fewer tokens together, the result is the number of documents plus 1.
+    If all documents together have fewer tokens, the result is the number of documents plus 1.
 
     Args:
         ends: for each document, the number of tokens up to its end.

@@ -42,7 +42,8 @@ def chosen_steps(run: Path, spec: str) -> list[int]:
     if len(given) == 1:
         if given[0] > len(steps):
             raise UserError(
-                f"--average {spec}: {run} has checkpoints of steps {known} only. Average fewer."
+                f"--average {spec}: {run} has fewer checkpoints (steps: {known}). Give a smaller "
+                "number."
             )
         return steps[-given[0] :]
     missing = [step for step in given if step not in steps]

@@ -90,14 +90,14 @@ def _check_format(options: TargetOptions) -> None:
     if options.to != "gguf" and options.dtype == "q8_0":
         raise UserError(f"--dtype q8_0 needs --to gguf; --to {options.to} does not support it.")
     if options.to != "gguf" and options.context is not None:
-        raise UserError("--context is for --to gguf. Leave it out.")
+        raise UserError("--context is for --to gguf only. Leave --context out.")
     if options.to != "gguf" and str(options.output).endswith(".gguf"):
         raise UserError(
             f"--output {options.output} is the name of a GGUF file, but --to {options.to} "
-            "writes a directory. Add --to gguf, or give a directory."
+            "writes a directory. Give --to gguf, or a directory as --output."
         )
     if options.to != "hf" and options.shard_size != TargetOptions.shard_size:
-        raise UserError("--shard_size is for --to hf. Leave it out.")
+        raise UserError("--shard_size is for --to hf only. Leave --shard_size out.")
 
 
 def _source(config: ConvertConfig) -> ModelSource:

@@ -204,10 +204,10 @@ def read_back(file: Path, config: ModelConfig, context: int | None = None) -> Pa
     def read(name: str, *index: slice) -> np.ndarray:
         found = tensors.get(name_of(name))
         if found is None:
-            raise UserError(f"{file} lacks {name_of(name)}. Write it again.")
+            raise UserError(f"{file} lacks {name_of(name)}. Write the file again.")
         value = gguf.quants.dequantize(found.data, found.tensor_type).astype(np.float32)
         if value.shape != shapes[name]:
-            raise UserError(f"{file}: {name_of(name)} has the wrong shape. Write it again.")
+            raise UserError(f"{file}: {name_of(name)} has the wrong shape. Write the file again.")
         return reordered(config, own, name, value, back=True)[index]
 
     return parameters_of(config, read)

@@ -227,9 +227,9 @@ def _pieces(content: Mapping[str, Any]) -> Iterator[Piece]:
     """Convert a tokenizer.json to pieces with scores that reproduce the order of its merges.
 
     SentencePiece merges the pair whose result has the highest score, so the score of a token is the
-    negative index of its first merge. The ids are the same under two conditions. If two tokens
-    together spell the result of a merge, this pair must itself be a merge. All merges with the same
-    result must be adjacent.
+    negative index of its first merge. SentencePiece then gives the same ids if two conditions hold:
+    every two tokens that together spell the result of a merge are themselves a merge, and all
+    merges with the same result are adjacent.
     """
     model = content["model"]
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]

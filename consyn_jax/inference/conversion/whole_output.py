@@ -55,8 +55,8 @@ def written_aside(output: Path) -> Iterator[Path]:
     """Yield a hidden path beside `output` to write to, and rename it to `output` on success.
 
     Before the renaming, a directory gets a manifest, and the files are flushed to the disk. An
-    error removes the path. A kill leaves the path behind under its hidden name. No command accepts
-    it as a model, and the next conversion to `output` removes it.
+    error removes the path. If the process is killed, the hidden path remains. No command accepts it
+    as a model, and the next conversion to `output` removes it.
 
     Raises:
         UserError: The output cannot be written.

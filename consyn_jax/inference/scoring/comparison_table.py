@@ -98,7 +98,7 @@ def _text_notes(scores: TextScores) -> tuple[str, ...]:
     tokens = int(scores.tokens.sum())
     notes = [
         f"{tokens:,} tokens scored in windows of {scores.window:,}, stride {scores.stride:,}",
-        f"intervals resample {len(scores.nll):,} {scores.unit}s",
+        f"intervals by resampling {len(scores.nll):,} {scores.unit}s",
     ]
     if scores.unscored:
         notes.append(

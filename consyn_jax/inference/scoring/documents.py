@@ -107,7 +107,9 @@ def find_documents(
         name = TRAIN if prepared.validation_is_empty else VALIDATION
     split = prepared.store.split(name)
     if not split.num_tokens:
-        raise UserError(f"The split {name} of {prepared.used[0].name} is empty. Choose another.")
+        raise UserError(
+            f"The split {name} of {prepared.used[0].name} is empty. Choose another split."
+        )
     is_whole = split.num_targets == split.num_tokens
     notes = [*([f"split {name}"] if is_store else []), *_notes(prepared, split)]
     return Documents(

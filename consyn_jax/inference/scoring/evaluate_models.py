@@ -88,8 +88,8 @@ class Evaluation:
 def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
     """Return records of a model's answers, by task.
 
-    The first records are about generated answers: the text, and whether it is right. The later
-    records are about given answers: the log-likelihood of each answer.
+    The first records are about questions: the generated text, and whether it is right. The later
+    records are about requests with given answers: the log-likelihood of each answer.
     """
     return {
         scores.task.name: [
@@ -218,8 +218,8 @@ def evaluation_tokenizer(source: ModelSource, given: str | None) -> BPETokenizer
     if given is None:
         if own is None:
             raise UserError(
-                f"{source.name} has no tokenizer. Give the tokenizer that it was trained with: "
-                "--tokenizer PATH."
+                f"{source.name} has no tokenizer. Give the tokenizer that the model was trained "
+                "with: --tokenizer PATH."
             )
         return own
     chosen = load_tokenizer(given)
@@ -230,8 +230,8 @@ def evaluation_tokenizer(source: ModelSource, given: str | None) -> BPETokenizer
         )
     if chosen.vocab_size > source.config.vocab_size:
         raise UserError(
-            f"--tokenizer {given} has {chosen.vocab_size:,} tokens, but {source.name} has "
-            f"only {source.config.vocab_size:,}. Give the tokenizer that it was trained with."
+            f"--tokenizer {given} has {chosen.vocab_size:,} tokens, but {source.name} has only "
+            f"{source.config.vocab_size:,}. Give the tokenizer that the model was trained with."
         )
     return chosen
 
@@ -247,7 +247,8 @@ def check_files(results: EvaluateResultOptions) -> None:
             raise UserError(f"--{flag} {name} is a directory. Give the path of a file.")
         if name is not None and not Path(name).parent.is_dir():
             raise UserError(
-                f"--{flag} {name} is in a directory that does not exist. Create it first."
+                f"--{flag} {name} is in a directory that does not exist. Create the directory "
+                "first."
             )
 
 

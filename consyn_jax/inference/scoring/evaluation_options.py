@@ -171,7 +171,7 @@ def validate_evaluation(config: EvaluateConfig) -> None:
     if not config.questions.requests:
         refuse_given(config.answers, "is for --requests, which is not given")
     if "" in config.answers.stop:
-        raise UserError("--stop has an empty text, which would end no answer. Leave it out.")
+        raise UserError("--stop has an empty text, which ends no answer. Leave that text out.")
     for name, ending in {"output": ".json", "page": ".html"}.items():
         file = getattr(results, name)
         if file is not None and not file.endswith(ending):
@@ -190,4 +190,4 @@ def refuse_given(options: Any, why: str) -> None:
     """
     for each in fields(options):
         if getattr(options, each.name) != each.default:
-            raise UserError(f"--{each.name} {why}. Leave it out.")
+            raise UserError(f"--{each.name} {why}. Leave --{each.name} out.")

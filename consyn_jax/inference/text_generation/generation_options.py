@@ -112,7 +112,7 @@ def validate_generation(config: GenerateConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
     if "" in config.sampling.stop:
-        raise UserError("--stop has an empty text, which would end no text. Leave it out.")
+        raise UserError("--stop has an empty text, which ends nothing. Leave that text out.")
     has_prompts = bool(prompts.prompt) or prompts.file is not None
     if has_prompts == prompts.interactive:
         raise UserError(
@@ -124,6 +124,6 @@ def validate_generation(config: GenerateConfig) -> None:
         return
     for name in ("output", "include_prompt", "stream"):
         if getattr(config.results, name):
-            raise UserError(f"--{name} has no effect with --interactive. Leave it out.")
+            raise UserError(f"--{name} has no effect with --interactive. Leave --{name} out.")
     if config.sampling.num_return_sequences > 1:
         raise UserError("--interactive gives single answers. Leave --num_return_sequences out.")

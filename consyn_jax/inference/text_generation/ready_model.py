@@ -139,7 +139,7 @@ def choose_generation_mesh(config: ModelConfig, text: str, weight_bytes: int) ->
         if sizes["context"] > 1:
             raise UserError(
                 f"--mesh {text} splits sequences (context), but tokens are generated one at a "
-                "time. Use tensor or fsdp."
+                "time. Use the axis tensor or fsdp."
             )
     check_model(sizes, dimensions)
     return build_mesh(sizes) if count > 1 else None

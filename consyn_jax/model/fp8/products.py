@@ -3,7 +3,7 @@
 A matmul is differentiated together with the function that writes its operands, because an 8-bit
 array cannot carry a gradient of another dtype. Every function takes the scales of the block. Its
 backward pass returns the largest magnitudes of all quantised arrays as the "gradient" of the
-scales, because some of these arrays are gradients, which the forward pass does not have.
+scales. The forward pass cannot return them, because some of the arrays are gradients.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PLAIN_CASTS = How()
 
 
 class _Weight(NamedTuple):
-    """A matrix for the backward pass: in 8 bits, or in float32 to be cast again."""
+    """A matrix as the backward pass needs it: in 8 bits, or in float32 to be cast again."""
 
     matrix: jax.Array
     scale: jax.Array

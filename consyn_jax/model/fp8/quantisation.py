@@ -94,8 +94,8 @@ def narrowed(x: Float[Array, "*shape"], inverse: Scale, dtype: Any) -> Float[Arr
     """Multiply `x` by the inverse of a scale and round to nearest in `dtype`.
 
     Finite values outside the range become the largest finite number, even if their product
-    overflows. Infinity becomes NaN, as does every value if the scale is NaN, so that the check for
-    non-finite steps still finds it.
+    overflows. Infinity becomes NaN, and if the scale is NaN, every value does. So the check for
+    non-finite steps still detects such arrays.
     """
     top = float(jnp.finfo(dtype).max)
     # Asked of `x` and the scale, because in Triton's minimum and maximum a number wins over NaN.

@@ -121,7 +121,7 @@ def _check_call(prompts: Any, max_new_tokens: Any, sampling: Mapping[str, Any]) 
         )
     found: Any = prompts if hasattr(prompts, "ndim") else list(prompts)
     if not len(found):
-        raise UserError("There are no prompts. Pass at least one.")
+        raise UserError("There are no prompts. Pass at least one prompt.")
     return found
 
 
@@ -167,8 +167,8 @@ def _encoded(texts: Sequence[str], tokenizer: Callable[[], Any]) -> list[list[in
 def prompt_ids(text: str, tokenizer: BPETokenizer) -> list[int]:
     """Encode a prompt; put BOS before it if the tokenizer puts BOS before documents.
 
-    An empty prompt becomes BOS, or EOS if the tokenizer has no BOS. In training data without BOS,
-    each document follows an EOS.
+    An empty prompt becomes BOS. If the tokenizer has no BOS, it becomes EOS, because each document
+    in such training data follows an EOS.
     """
     begin = [] if tokenizer.first_id is None else [tokenizer.first_id]
     first = (tokenizer.first_id, tokenizer.bos_token_id, tokenizer.eos_token_id)

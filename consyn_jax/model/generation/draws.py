@@ -64,7 +64,7 @@ class Sampling:
             Their positive logits are divided by the penalty, and their negative logits are
             multiplied by it (Keskar et al., 2019).
         seed: Random seed. A draw depends only on the seed, the index of the prompt, the index of
-            the sequence among the prompt's sequences, and the index of the token.
+            the continuation among those of the prompt, and the index of the token.
     """
 
     temperature: float = 0.0
@@ -173,7 +173,7 @@ def row_keys(
     Args:
         base: Key of the seed (`seed_key`).
         prompt_B: Index of the row's prompt.
-        sequence_B: Index of the row's sequence among the prompt's sequences.
+        sequence_B: Index of the row's continuation among the continuations of its prompt.
     """
 
     def one(prompt: jax.Array, sequence: jax.Array) -> jax.Array:

@@ -269,8 +269,8 @@ class Engine:
     def _segment_end(self, text: _Text) -> int | None:
         """Length at which the text's rotary embedding changes, or None if it never does.
 
-        At this length the text needs a new prefill. It is one above the limit of `spans_until`,
-        because the newest token is not in the cache yet.
+        At this length the text needs a new prefill. The length is one above the limit of
+        `spans_until`, because the newest token is not in the cache yet.
         """
         limit = spans_until(self.plan.config)
         prompt = len(text.ids) - text.count

@@ -34,10 +34,10 @@ class Tile:
     """Block sizes and launch parameters of one kernel.
 
     Attributes:
-        own: Number of queries whose result a program computes. In the kernel of the keys' gradient,
-            the number of keys.
-        step: Number of keys that a program reads per loop iteration. In the kernel of the keys'
-            gradient, the number of queries.
+        own: Number of queries whose result a program computes; of keys, in the kernel of the keys'
+            gradient.
+        step: Number of keys that a program reads per loop iteration; of queries, in the kernel of
+            the keys' gradient.
         num_warps: Warps per program.
         num_stages: Stages of the software pipeline.
     """

@@ -42,7 +42,7 @@ def softmax_gradient(
         labels_n: Label of each token, below `vocab_size`; tokens of weight 0 may have any label.
         weights_n: Weight of each token in the loss, a factor of its gradient.
         vocab_size: Number of real logits per token; the remaining columns are padding.
-        label_smoothing: A constant of the kernel or, as an array, an argument; so is `z_loss`.
+        label_smoothing, z_loss: A number becomes a constant of the kernel; an array is an argument.
         dtype: The dtype of the gradient.
 
     Returns:

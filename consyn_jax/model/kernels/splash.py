@@ -119,7 +119,7 @@ def _kernel(
 
 
 def _part(x: Any, part: Any, parts: int) -> Any:
-    """Select one of `parts` equal sections of the queries in an array that the kernel contains.
+    """Divide the queries in an array of the kernel into `parts` equal sections; select one.
 
     Query positions are sliced along their only axis, and arrays of block data along axis 1.
     """

@@ -128,7 +128,7 @@ def read_adapter(directory: Path) -> Adapter:
         if key in config and config[key] not in allowed:
             raise UserError(
                 f"{directory} is an adapter with {key} {config[key]!r}, which is not supported. "
-                "Merge it with PEFT, and use the merged model."
+                "Merge the adapter with PEFT, and use the merged model."
             )
     tensors, metadata = _read_tensors(directory / ADAPTER_WEIGHTS)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -144,7 +144,7 @@ def read_adapter(directory: Path) -> Adapter:
         if part is None:
             raise UserError(
                 f"{directory / ADAPTER_WEIGHTS} has {key}, which is not part of a plain LoRA. "
-                "Merge it with PEFT, and use the merged model."
+                "Merge the adapter with PEFT, and use the merged model."
             )
         module = key.removeprefix(PREFIX).removesuffix(part)
         pairs.setdefault(module, {})[part] = values.astype(np.float32)

@@ -83,7 +83,7 @@ class _Span(NamedTuple):
 
     Attributes:
         shape: Shape of the elements that are read.
-        wanted: Index of the slice within these elements.
+        wanted: Index of the requested slice within these elements.
     """
 
     shape: tuple[int, ...]

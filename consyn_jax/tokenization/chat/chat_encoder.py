@@ -101,7 +101,7 @@ class ChatEncoder:
         return EncodedChat(text, ids, targets, _unwritten(chat, written))
 
     def prompt(self, chat: Chat) -> tuple[str, list[int]]:
-        """Render and encode a conversation up to the prompt for the model's answer: (text, ids).
+        """Render and encode a conversation, followed by the generation prompt: (text, ids).
 
         Raises:
             TemplateFault: the template refuses the conversation.

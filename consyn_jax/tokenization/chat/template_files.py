@@ -59,7 +59,8 @@ def _named(files: Mapping[str, bytes]) -> dict[str, str]:
             named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
         if not named or not all(isinstance(text, str) for item in named.items() for text in item):
             raise UserError(
-                f"The tokenizer's {name} has a chat_template that is not text. Download it again."
+                f"The tokenizer's {name} has a chat_template that is not text. Download the file "
+                "again."
             )
         return named
     return {}
@@ -70,7 +71,8 @@ def _text(name: str, content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"The tokenizer's {name} is not UTF-8 text (byte {error.start}). Download it again."
+            f"The tokenizer's {name} is not UTF-8 text (byte {error.start}). Download the file "
+            "again."
         ) from error
 
 

@@ -53,7 +53,7 @@ class RunRecord:
 
         Args:
             run: Identity in the file; None if the file has none.
-            step: Step of the file.
+            step: Training step to which the file belongs.
         """
         return run == self.run or (run is None and step <= self.unsigned_until)
 

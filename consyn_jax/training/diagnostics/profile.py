@@ -106,7 +106,7 @@ def _least(summary: Summary, part: str, spent: float) -> str:
 
 
 def _what_would_help(summary: Summary) -> list[str]:
-    """Name the part that loses the most time over its lower bound, and the cause.
+    """Name the part whose time exceeds its lower bound the most, and the cause.
 
     The list is empty if no lower bound is known.
     """

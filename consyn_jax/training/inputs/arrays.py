@@ -159,8 +159,9 @@ def check_length(tokens: int, block_size: int, where: str) -> None:
     """
     if tokens > block_size:
         raise UserError(
-            f"{where} needs max_tokens={tokens}, but max_tokens is {block_size}. Shorten it, or "
-            f"set max_tokens={tokens} and use a model whose context is at least as long."
+            f"{where} needs max_tokens={tokens}, but max_tokens is {block_size}. Shorten the "
+            f"sequence, or set max_tokens={tokens} and use a model whose context is at least as "
+            "long."
         )
 
 

@@ -53,7 +53,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         longest_row: Index of the longest row that was read.
         empty: Number of rows without tokens among those that were read.
         labels_are_ids: Whether the labels equal the input_ids, as transformers' models expect; None
-            if the rows do not show it.
+            if the rows do not show this.
         unused: Names of columns that are not used.
 
     Raises:
@@ -79,7 +79,7 @@ class Rows(Sequence[Mapping[str, Any]]):
             seen |= set(map(str, row))
         self.unused = sorted(seen - {*USED, *HARMLESS})
         if self.empty == count:
-            raise UserError(f"All rows of {name} are empty. Give at least one with tokens.")
+            raise UserError(f"All rows of {name} are empty. Give at least one row with tokens.")
 
     def __len__(self) -> int:
         if isinstance(self._rows, Mapping):

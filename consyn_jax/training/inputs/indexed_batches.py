@@ -20,7 +20,7 @@ class IndexedBatches(BatchSource):
     Args:
         order: Order of the training sequences; None for data that is used only for evaluation.
         dataset: Sequences of an epoch or of an evaluation; None if they are not known yet.
-        close: Function that `close` calls.
+        close: Function that the method `close` calls.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class IndexedBatches(BatchSource):
         """Yield batches in training order, beginning with the one for step `start_step`."""
         if self.order is None:
             raise UserError(
-                "The training data has no sequences, or is a FirstWindows, which is for "
-                "evaluation. Pass other data as train_dataloader."
+                "The training data has no sequences, or is the validation data of a corpus "
+                "(FirstWindows). Pass other data as train_dataloader."
             )
         loader = BatchLoader(self.order, batch_size, accumulation, rows, start_step)
         return (batch for _, batch in loader)

@@ -60,8 +60,8 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
         )
     if not isinstance(tokenizer, BPETokenizer | None):
         raise UserError(
-            f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Leave it out for the "
-            "model's own, or pass BPETokenizer.from_file(DIR)."
+            f"tokenizer is a {type(tokenizer).__name__}, not a BPETokenizer. Leave tokenizer out "
+            "to use the model's own, or pass BPETokenizer.from_file(DIR)."
         )
     return model
 
@@ -123,7 +123,7 @@ def give_parameters(
 
 
 def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
-    """Return the base model that adapter_config.json names for the adapter of a run.
+    """Return the base model to name in adapter_config.json, for the adapter of a run.
 
     A base in memory has no hash, because its weights may have changed since it was loaded.
     """

@@ -41,8 +41,8 @@ class ItemDataset:
     Attributes:
         fingerprint: Hash of all rows; None if it cannot be computed.
         warn: Function that is called with a warning the first time that a row is cut. Only rows
-            that are first read during the run are cut. Rows that were read before it, to check
-            them, raise an error if they are too long.
+            that are first read during the run are cut. A row that was read before the run, to check
+            the data, raises an error if it is too long.
 
     Raises:
         UserError: A row that was read before the run is too long, or has an id outside the
@@ -114,7 +114,9 @@ def pack_token_lists(
         for i, ids in enumerate(data)
     ]
     if not any(map(len, documents)):
-        raise UserError(f"All documents of {name} are empty. Give at least one with tokens.")
+        raise UserError(
+            f"All documents of {name} are empty. Give at least one document with tokens."
+        )
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
         digest.update(document.tobytes() + b"|")

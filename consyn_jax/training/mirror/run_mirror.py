@@ -10,12 +10,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from io import BufferedIOBase
 from pathlib import Path
 
+from consyn_jax.config import SavingOptions
 from consyn_jax.errors import Interrupted, UserError, settled
 from consyn_jax.files import open_regular
 from consyn_jax.remote.bucket import BucketError
@@ -25,17 +29,19 @@ from consyn_jax.training.checkpointing.orbax_writes import lower_priority
 from consyn_jax.training.checkpointing.ownership import RUN_JSON, RunRecord
 from consyn_jax.training.mirror.remote_run import DIGEST, MARKERS, MODELS, RemoteRun
 from consyn_jax.training.mirror.uploaded_files import as_it_is, files_of
-from consyn_jax.training.run.directory import CHECKPOINTS, ENTRIES, RunDirectory
+from consyn_jax.training.run.directory import CHECKPOINTS, ENTRIES, RunDirectory, same_command
 from consyn_jax.training.run.model_manifest import MANIFEST
 
 LOOK_S = 1.0  # between checks for a new checkpoint
 FILES_S = 60.0  # between uploads of a file that grows, such as the log
 LONGEST_PAUSE_S = 60.0  # limit of the pause after a failure, which doubles with each failure
-# At its end, a run waits for uploads as long as they succeed. It gives up when nothing has been
-# uploaded for this time, in which a server can restart. The next start here uploads the rest.
+# At its end, a run waits for uploads as long as they make progress. It gives up when there has been
+# none for this time, in which a server can restart. The next start here uploads the rest.
 EXIT_S = 120.0
-# Bytes of a file that clients may read before the server has accepted any of it.
-READ_AHEAD = 1 << 27
+ABANDON_S = 5.0  # the longest wait for a thread that is told to end
+# Attempts to upload an object after the end of the run in which its bytes count as progress. If all
+# attempts counted, a server that takes bytes and then fails could prolong the wait for ever.
+COUNTED_ATTEMPTS = 3
 # run.json is first, because it says which run the other files belong to. wandb/ is left out,
 # because Weights & Biases uploads it.
 PLAIN = (RUN_JSON, *(n for n in ENTRIES if n not in (RUN_JSON, CHECKPOINTS, "wandb", *MODELS)))
@@ -56,8 +62,7 @@ class RunMirror:
 
     Args:
         remote: The copy; this process must hold its lease.
-        keep: (n, interval). The bucket keeps the n newest checkpoints and, unless `interval` is
-            None, the checkpoints at steps that are multiples of `interval`.
+        saving: The run's options. Checkpoints are kept in the bucket as in the directory.
         warn, note: Functions that the thread calls with a sentence.
         moved: Function that is called every second while `close` waits.
     """
@@ -66,20 +71,22 @@ class RunMirror:
         self,
         remote: RemoteRun,
         directory: RunDirectory,
-        keep: tuple[int, int | None],
+        saving: SavingOptions,
         warn: Callable[[str], None],
         note: Callable[[str], None],
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._remote, self._directory, self._path = remote, directory, directory.path
-        self._keep, self._warn, self._note, self._moved = keep, warn, note, moved
+        self._warn, self._note, self._moved = warn, note, moved
+        self._keep, self._again = (saving.keep_last, saving.keep_every), same_command(saving)
         self._sent: dict[str, tuple[int, ...]] = {}
         self._models: dict[str, str | None] = {}
         self._marked: dict[int, str] | None = None  # digests by step; None until they are read
-        self._failing_since: float | None = None
-        self._failure = ""  # clause about the newest failure
-        self._ends_since = self._progress_at = time.monotonic()
-        self._has_given_up = self._is_abandoned = False
+        self._failure = ""  # clause about the newest failure; "" after a success
+        # Of each object during `close`: how often it was begun, and the most bytes sent of it.
+        self._begun, self._reached = Counter[str](), dict[str, float]()
+        self._progress_at = time.monotonic()
+        self._is_done = self._is_abandoned = False
         self._defect: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
@@ -103,7 +110,7 @@ class RunMirror:
 
     def _follow(self) -> None:
         files_at, pause_s = 0.0, LOOK_S
-        while True:
+        while not self._is_abandoned:
             ends, now = self._stop.is_set(), time.monotonic()
             is_due = ends or now >= files_at
             try:
@@ -113,48 +120,48 @@ class RunMirror:
                 pause_s = LOOK_S
                 self._succeeded()
                 if ends and not self._unmarked():
+                    self._is_done = True
                     return
             except FileNotFoundError as error:
                 files_at = 0.0  # the run replaced or removed the file, so copy again at once
-                if ends and self._gives_up(error, ends):
-                    return
+                if ends:
+                    self._failed(error)
             except (BucketError, OSError) as error:
                 files_at = 0.0
-                if self._gives_up(error, ends):
-                    return
+                self._failed(error)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             if ends:
                 time.sleep(min(pause_s, LOOK_S))
             else:
                 self._stop.wait(pause_s)
 
-    def _gives_up(self, error: Exception, ends: bool) -> bool:
-        """Warn of a failure, unless the last attempt failed too; return whether to give up.
-
-        Uploads are given up only after the end of the run, if they fail for `EXIT_S` seconds.
-        """
-        place, now = self._remote.place, time.monotonic()
+    def _failed(self, error: Exception) -> None:
+        """Keep the reason of a failure, and warn of it unless the last attempt failed too."""
         if self._is_abandoned:
-            return True
-        self._failure = f"still {_clause(error)}"
-        if self._failing_since is None:
-            self._failing_since = now
+            return
+        if not self._failure:
             self._warn(
-                f"--remote {place} {_clause(error)}. The run goes on, and uploads the rest later."
+                f"--remote {self._remote.place} {_clause(error)}. The run goes on, and uploads the "
+                "rest later."
             )
-        self._has_given_up = ends and now - max(self._failing_since, self._ends_since) > EXIT_S
-        return self._has_given_up
+        self._failure = f"still {_clause(error)}"
 
-    def _progressed(self) -> None:
-        self._progress_at = time.monotonic()
+    def _succeeded(self) -> None:
+        if self._failure:
+            self._failure = ""
+            self._note(f"Uploads to {self._remote.place} succeed again.")
 
-    def _read(self, position: int) -> None:
-        """Count bytes that a client reads from a file as progress, if the server takes them.
+    def _took(self, name: str, sent: int | float = math.inf) -> None:
+        """Note how much of an object has been sent; infinity if the server has confirmed it all.
 
-        After a failure, a client may only be reading the beginning of the file again.
+        Raises:
+            _Abandoned: The run has ended without waiting, so the rest must not be sent.
         """
-        if self._failing_since is None or position > READ_AHEAD:
-            self._progressed()
+        if self._is_abandoned:
+            raise _Abandoned
+        if self._stop.is_set() and sent > self._reached.get(name, 0):
+            self._reached[name] = sent
+            self._progress_at = time.monotonic()
 
     def _rest(self) -> str:
         """Return the end of a sentence: what the bucket lacks, and how to upload the rest."""
@@ -162,14 +169,8 @@ class RunMirror:
         there = "none" if newest is None else f"step {newest:,}"
         return (
             f"not all files of {self._path} are there (newest complete checkpoint there: {there}). "
-            "To upload the rest, run the same command again on this machine."
+            f"To upload the rest, run {self._again} again on this machine."
         )
-
-    def _succeeded(self) -> None:
-        if self._failing_since is not None:
-            self._failing_since = None
-            self._failure = ""
-            self._note(f"Uploads to {self._remote.place} succeed again.")
 
     def _unmarked(self) -> list[int]:
         """Return the steps of the checkpoints that must be uploaded, ascending."""
@@ -233,22 +234,24 @@ class RunMirror:
         if not lease.is_valid:
             raise BucketError("answers too slowly to renew a lease")
 
-    def _send(self, file: Path, name: str) -> None:
+    def _upload(self, content: BufferedIOBase, name: str) -> None:
         self._require_lease()
-        with open(file, "rb", opener=open_regular) as opened:
-            content = as_it_is(opened.fileno(), self._read)
-            self._remote.bucket.upload(content, self._remote.key(name))
-        self._progressed()
+        if self._stop.is_set() and self._begun[name] < COUNTED_ATTEMPTS:
+            self._begun[name] += 1
+            self._reached[name] = 0
+        self._remote.bucket.upload(
+            content, self._remote.key(name), lambda sent: self._took(name, sent)
+        )
+        self._took(name)
 
-    def _put(self, name: str, content: bytes) -> None:
-        self._require_lease()
-        self._remote.bucket.upload(io.BytesIO(content), self._remote.key(name))
-        self._progressed()
+    def _send(self, file: Path, name: str) -> None:
+        with open(file, "rb", opener=open_regular) as opened:
+            self._upload(as_it_is(opened.fileno()), name)
 
     def _delete(self, names: list[str]) -> None:
         self._require_lease()
         self._remote.delete(names)
-        self._progressed()
+        self._took(f"without {names}")
 
     def _send_plain(self, path: Path) -> None:
         for file in files_of(path):
@@ -283,7 +286,7 @@ class RunMirror:
             self._delete(sorted(old - {mark}))
             return
         new = self._send_directory(place, name, besides=MANIFEST)
-        self._put(mark, manifest)
+        self._upload(io.BytesIO(manifest), mark)
         self._models[name] = digest
         self._delete(sorted(old - new - {mark}))
 
@@ -292,7 +295,7 @@ class RunMirror:
         digest = self._digest(step)
         self._send_directory(self._path / name, name)
         about = {"run": self._directory.record.run, "step": step, DIGEST: digest}
-        self._put(f"{MARKERS}/{step}.json", json.dumps(about).encode())
+        self._upload(io.BytesIO(json.dumps(about).encode()), f"{MARKERS}/{step}.json")
         assert self._marked is not None
         self._marked[step] = digest
 
@@ -331,8 +334,7 @@ class RunMirror:
         """Wait for the uploads, then release the lease.
 
         The wait ends when all files are uploaded, when nothing has been uploaded for `EXIT_S`
-        seconds (whatever the clients' timeouts are), or at a signal. In the last two cases the
-        thread may hang in a request. It is then left alone, and the lease expires by itself.
+        seconds (whatever the clients' timeouts are), or at a signal.
 
         Args:
             is_complete: Whether the run is complete, and nothing else ends this process.
@@ -340,28 +342,25 @@ class RunMirror:
         Raises:
             Interrupted: A signal ended the wait after a complete run.
         """
-        self._ends_since = self._progress_at = time.monotonic()
+        self._progress_at = time.monotonic()
         self._stop.set()
-        place = self._remote.place
+        place, signal = self._remote.place, ""
         try:
             self._await_uploads()
-            if self._has_given_up:
-                still = self._failure or f"has taken nothing for {EXIT_S:g} seconds"
-                self._warn(f"--remote {place} {still}, so {self._rest()}")
-            self._remote.release()
         except KeyboardInterrupt as stopped:
             signal = settled(stopped)
-            self._abandon()
+        self._leave()
+        if self._defect is not None:
+            raise self._defect
+        if signal and not self._is_done:
             if is_complete:
                 raise Interrupted(
                     f"{signal}: the run in {self._path} is complete, and no longer waits for "
                     f"--remote {place}: {self._rest()}"
-                ) from None
+                )
             self._warn(
                 f"After a signal, the run no longer waits for --remote {place}: {self._rest()}"
             )
-        if self._defect is not None:
-            raise self._defect
 
     def _await_uploads(self) -> None:
         """Wait for the thread, until it ends or nothing has been uploaded for `EXIT_S` seconds."""
@@ -369,13 +368,23 @@ class RunMirror:
             self._thread.join(LOOK_S)
             self._moved()
             if self._thread.is_alive() and time.monotonic() - self._progress_at > EXIT_S:
-                self._has_given_up = True
-                self._abandon()
+                still = self._failure or f"has taken nothing for {EXIT_S:g} seconds"
+                self._warn(f"--remote {self._remote.place} {still}, so {self._rest()}")
                 return
 
-    def _abandon(self) -> None:
-        """Let the thread end after its current request, and do not wait for it."""
+    def _leave(self) -> None:
+        """Let the thread end, and release the lease.
+
+        If the thread hangs in a request, it is left alone, and the lease expires by itself. The
+        same happens if a signal ends this wait.
+        """
         self._is_abandoned = True
+        try:
+            self._thread.join(ABANDON_S)
+            if not self._thread.is_alive():
+                self._remote.release()
+        except KeyboardInterrupt as stopped:
+            settled(stopped)
         self._remote.abandon()
 
 

@@ -1,10 +1,10 @@
-"""The files of a run directory as they are uploaded: which ones, and how far they are read."""
+"""The files of a run directory as they are uploaded: which ones, and how much of each."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,16 @@ def files_of(path: Path) -> Iterator[Path]:
             yield file
 
 
-def as_it_is(descriptor: int, read: Callable[[int], None]) -> io.BufferedReader:
-    """Open a file up to its size now, even if it grows meanwhile.
-
-    Args:
-        read: Function that is called with the position whenever bytes are read for the first time.
-    """
-    return io.BufferedReader(_Bounded(descriptor, read), 1 << 20)
+def as_it_is(descriptor: int) -> io.BufferedReader:
+    """Open a file up to its size now, even if it grows meanwhile."""
+    return io.BufferedReader(_Bounded(descriptor), 1 << 20)
 
 
 class _Bounded(io.RawIOBase):
     """Reads a file up to its size at opening."""
 
-    def __init__(self, descriptor: int, read: Callable[[int], None]) -> None:
+    def __init__(self, descriptor: int) -> None:
         self._descriptor, self._place = descriptor, 0
-        self._read, self._furthest = read, 0
         self._size = os.fstat(descriptor).st_size
 
     def readable(self) -> bool:
@@ -54,7 +49,4 @@ class _Bounded(io.RawIOBase):
         data = os.pread(self._descriptor, wanted, self._place)
         into[: len(data)] = data
         self._place += len(data)
-        if self._place > self._furthest:
-            self._furthest = self._place
-            self._read(self._place)
         return len(data)

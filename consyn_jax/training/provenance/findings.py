@@ -23,9 +23,9 @@ class Findings:
     """Lines about what differs from the records, what could not be checked, and what agrees.
 
     Attributes:
-        differs: Differences. Each line begins with the kind of thing, as in "data: ...".
-        unchecked: Things that could not be checked, with the reason.
-        agrees: Things that agree. Lines have the form of those in `differs`.
+        differs: What differs. Each line begins with what was compared, as in "data: ...".
+        unchecked: What could not be checked, in the same form, with the reason.
+        agrees: What agrees, in the same form.
     """
 
     differs: list[str] = field(default_factory=list)

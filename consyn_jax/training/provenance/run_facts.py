@@ -179,7 +179,9 @@ def read_facts(directory: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{place} cannot be read: {error.strerror}. Check it.") from error
+        raise UserError(
+            f"{place} cannot be read: {error.strerror}. Check its permissions."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{place} is damaged: it {parse_fault(error)}. Restore it from a copy."

@@ -32,7 +32,7 @@ def record_evaluation(
     if metric not in values:
         raise UserError(
             f"--metric_for_best_model {metric} is not available, because the size in bytes of "
-            "the evaluation text is unknown. Use eval/loss."
+            "the evaluation text is unknown. Use --metric_for_best_model eval/loss."
         )
     value = values[metric]
     line = recorder.evaluation(values)

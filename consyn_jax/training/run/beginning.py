@@ -144,7 +144,7 @@ def branch(
 
 
 def report_smaller_batches(asked: RunConfig, found: RunConfig, console: Console) -> None:
-    """If micro-batches were made smaller to fit the devices, say so."""
+    """Print a note if micro-batches were made smaller to fit the devices."""
     budget = found.budget
     if budget.batch_size != asked.budget.batch_size:
         console.note(

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from consyn_jax.config import RunConfig
+from consyn_jax.config import RunConfig, SavingOptions
 from consyn_jax.config_file import DERIVED, describe
 from consyn_jax.errors import CONTINUES, UserError, remedy
 from consyn_jax.files import irregular, remove, write_whole
@@ -31,6 +31,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 STUDY_RECORD = "study/study.json"  # in the directory of a study of consyn-tune
+TRIAL_RECORD = "trial.json"  # in the directory of a trial: its study, and its values
 RUNGS, LADDER_RECORD = "sizes", "ladder.json"  # in the directory of a ladder of consyn-tune
 ENTRIES = (
     CONFIG,
@@ -77,6 +78,17 @@ def run_path(config: RunConfig) -> Path:
     """The run directory: --output, or with --decay_from a directory next to --output."""
     output, step = Path(config.saving.output), config.optimizer.decay_from
     return output if step is None else output.with_name(f"{output.name}-decay-{step}")
+
+
+def same_command(options: SavingOptions) -> str:
+    """Describe the command that continues the run.
+
+    The command is the same, with two exceptions. --overwrite is left out, because it would delete
+    the saved state. --resume STEP becomes --resume auto, because it would go back to that step.
+    """
+    if options.overwrite:
+        return "the same command without --overwrite"
+    return "the same command" if options.resume == "auto" else "the same command with --resume auto"
 
 
 def found_study(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from consyn_jax.config import DataOptions, EvaluationOptions, RunConfig, SavingOptions
+from consyn_jax.config import DataOptions, EvaluationOptions, RunConfig
 from consyn_jax.data.store.manifest import is_store
 from consyn_jax.errors import Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
@@ -23,7 +23,7 @@ from consyn_jax.training.logging.formats import typed
 from consyn_jax.training.logging.loss_plot import write_loss_plot
 from consyn_jax.training.logging.metrics import read_metrics
 from consyn_jax.training.run.beginning import from_first
-from consyn_jax.training.run.directory import CONFIG, run_path
+from consyn_jax.training.run.directory import CONFIG, run_path, same_command
 from consyn_jax.training.run.live_report import LiveReport
 from consyn_jax.training.run.model_files import holds_model
 from consyn_jax.training.run.model_manifest import disagreement, has_manifest
@@ -204,8 +204,8 @@ def next_commands(
 def _held_out(data: DataOptions) -> tuple[str, ...]:
     """Data with documents on which the run was evaluated but not trained.
 
-    These are the files of `--validation`; without it, the token stores in `--data`, of which
-    consyn-evaluate reads only the validation split.
+    These are the files of `--validation`. Without that flag, these are the token stores in
+    `--data`, because consyn-evaluate reads only the validation split of a store.
     """
     return data.validation or tuple(path for path in data.data if is_store(Path(path)))
 
@@ -244,7 +244,7 @@ def interruption(
     checkpoints.wait()
     recorder.event("signal", {"signal": signal, **recorder.sources_taken()})
     step, steps = recorder.progress.step, checkpoints.steps()
-    directory, again = run_path(run), _same_command(run.saving)
+    directory, again = run_path(run), same_command(run.saving)
     if step in steps:
         return Interrupted(
             f"{signal} at step {step}: the state is saved in {directory}. Run {again} again to "
@@ -259,14 +259,3 @@ def interruption(
         f"{signal} at step {step}: the state could not be saved. {again.capitalize()} continues "
         f"from {newest}."
     )
-
-
-def _same_command(options: SavingOptions) -> str:
-    """Describe the command that continues the run.
-
-    It is the same command, but without --overwrite, which would delete the saved state, and with
-    --resume auto instead of --resume STEP, which would go back to that step.
-    """
-    if options.overwrite:
-        return "the same command without --overwrite"
-    return "the same command" if options.resume == "auto" else "the same command with --resume auto"

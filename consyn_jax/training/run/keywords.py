@@ -18,7 +18,7 @@ DEFAULT_RATE = 5e-5  # for adamw
 
 
 def given_once(own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Merge parameters of `ConsynTrainer`, by the names of their flags, with other settings.
+    """Merge the parameters and the `settings` of `ConsynTrainer`; the keys are names of flags.
 
     Parameters that are None count as not given.
 

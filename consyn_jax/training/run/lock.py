@@ -202,8 +202,8 @@ def _in_use(file: Path, holder: str) -> UserError:
         else ""
     )
     return UserError(
-        f"--output {file.parent} is in use by another process{who}. Wait for it, or name another "
-        "directory."
+        f"--output {file.parent} is in use by another process{who}. Wait for that process, or name "
+        "another directory."
     )
 
 

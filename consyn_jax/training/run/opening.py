@@ -22,6 +22,7 @@ from consyn_jax.training.run.directory import (
     CHECKPOINTS,
     CONFIG,
     ENTRIES,
+    TRIAL_RECORD,
     RunDirectory,
     delete_run,
     found_study,
@@ -45,13 +46,14 @@ def open_run_directory(
     *,
     write: bool = True,
     fetch: Callable[[Path], None] = lambda path: None,
+    is_trial: bool = False,
 ) -> RunDirectory:
     """Open the run directory of `config`, and create it if necessary.
 
     With several processes, process 0 opens it, and the others wait until they see its lock.
 
     Args:
-        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`.
+        derived, is_trial: As for `check_output`.
         write: Whether this process may create and delete files.
         fetch: Called with the directory under its lock; it may copy a run into the directory.
 
@@ -61,7 +63,7 @@ def open_run_directory(
     path, process_group = run_path(config), current_process_group()
     if process_group is not None and not write:
         return _opened_by_first(path, process_group)
-    holds_run = check_output(config, derived)
+    holds_run = check_output(config, derived, is_trial=is_trial)
     if not write:
         return RunDirectory(path, holds_run, RunRecord.read(path) or RunRecord.new())
     lock = None
@@ -70,8 +72,7 @@ def open_run_directory(
         lock = RunLock(path)
         restore_replaced(path, ENTRIES)
         fetch(path)
-        # Check again: another process may have used the directory in the meantime.
-        holds_run = check_output(config, derived)
+        holds_run = check_output(config, derived, is_trial=is_trial)  # it may have changed since
         if config.saving.overwrite:
             delete_run(path)
         is_adopted = holds_run and not (path / RUN_JSON).exists()
@@ -117,32 +118,30 @@ def _opened_by_first(path: Path, process_group: ProcessGroup) -> RunDirectory:
     return RunDirectory(path, holds_run, RunRecord.from_json(record))
 
 
-def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bool:
+def check_output(
+    config: RunConfig, derived: dict[str, Any] | None = None, *, is_trial: bool = False
+) -> bool:
     """Check that this run may use --output; return whether it resumes a run in that directory.
 
     Args:
-        derived: As for `open_run_directory`. None before the data is known; then only flags are
-            compared.
+        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`. None before
+            the data is known; then only flags are compared.
+        is_trial: Whether the run is a trial of a study, which continues in its own directory.
 
     Raises:
         UserError: The directory has another run, or cannot be written.
     """
     saving, path = config.saving, run_path(config)
     check_writable(path)
-    _refuse_study(path)
+    _refuse_study(path, is_trial)
     if not saving.overwrite:  # --overwrite deletes links and does not follow them
         refuse_links(path)
     if config.optimizer.decay_from is not None:
         refuse_links(Path(saving.output))
         _check_decay_origin(config, derived)
-    file = path / CONFIG
-    if not file.is_file() and ((path / "metrics.jsonl").exists() or _saved_steps(path)):
-        found = "a metrics.jsonl" if (path / "metrics.jsonl").exists() else CHECKPOINTS
-        raise UserError(
-            f"--output {path} holds {found} without a {CONFIG}, so it is not a consyn-train run. "
-            "Name another directory."
-        )
-    old = read_run_config(file) if file.is_file() else None
+    old = read_run_config(path / CONFIG) if (path / CONFIG).is_file() else None
+    if old is None:
+        _refuse_remains(path)
     if saving.overwrite:
         _check_overwrite(config, path)
         return False
@@ -168,11 +167,26 @@ def check_output(config: RunConfig, derived: dict[str, Any] | None = None) -> bo
     return True
 
 
-def _refuse_study(path: Path) -> None:
+def _refuse_study(path: Path, is_trial: bool) -> None:
     if (study := found_study(path)) is not None:
         raise UserError(
             f"--output {path} contains {study}, but a run needs its own directory. Name another "
             "--output."
+        )
+    if not is_trial and (path / TRIAL_RECORD).exists():  # the study reads the trial's log
+        raise UserError(
+            f"--output {path} has a trial of a study, which only consyn-tune continues. Name "
+            "another --output."
+        )
+
+
+def _refuse_remains(path: Path) -> None:
+    has_log = (path / "metrics.jsonl").exists()
+    if has_log or _saved_steps(path):
+        found = "a metrics.jsonl" if has_log else CHECKPOINTS
+        raise UserError(
+            f"--output {path} holds {found} without a {CONFIG}, so it is not a consyn-train run. "
+            "Name another directory."
         )
 
 
@@ -269,8 +283,8 @@ def _saved_steps(path: Path) -> list[int]:
     try:
         if (other := misnamed(path / CHECKPOINTS)) is not None:
             raise UserError(
-                f"{other} is not a valid name for a checkpoint, which is a step of at most 15 "
-                "digits without leading zeros. Rename the directory, or move it elsewhere."
+                f"{other} is not a valid name for a checkpoint: the name must be a step of at most "
+                "15 digits, without leading zeros. Rename the directory, or move it elsewhere."
             )
         return saved_steps(path / CHECKPOINTS)
     except OSError as error:

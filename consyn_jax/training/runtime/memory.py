@@ -36,6 +36,10 @@ class Memory:
         return self.state + self.temporary
 
 
+class StepTooLarge(UserError):
+    """The train step of a run needs more memory than a device has, also if nothing else uses it."""
+
+
 def step_memory(compiled: Compiled) -> Memory:
     """Return the memory of a compiled step; the state counts once, because it is donated."""
     sizes: Any = compiled.memory_analysis()
@@ -67,8 +71,8 @@ def compile_to_fit(
         The run with micro-batches that fit, and its train step.
 
     Raises:
-        UserError: The step does not fit. The message says how much memory it needs, how much there
-            is, and how much each alternative would need.
+        StepTooLarge: The step does not fit. The message says how much memory it needs, how much
+            there is, and how much each alternative would need.
     """
     compiled, limit = compile(run), device_bytes()
     while (needs := step_memory(compiled)).total > limit:
@@ -77,7 +81,7 @@ def compile_to_fit(
             with suppress(UserError):  # the smaller batch may not be divisible by the mesh
                 halved = compile(smaller)
         if smaller is None or halved is None:
-            raise UserError(
+            raise StepTooLarge(
                 f"The train step needs {_gib(needs.total)} on each device ({_gib(needs.state)} of "
                 f"state, {_gib(needs.temporary)} of activations and gradients), but a device has "
                 f"{_gib(limit)}. {_alternatives(run, smaller, compile)}"

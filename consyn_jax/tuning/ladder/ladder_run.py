@@ -41,6 +41,7 @@ from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 PAGE, SIZES, JSON = "ladder.html", RUNGS, LADDER_RECORD
+UNLIKE = 1.6  # ratio of two sizes' proportions from which a note says so
 PASSES = 4  # repeated data is nearly as good as new up to here (Muennighoff et al., 2023)
 
 
@@ -211,6 +212,13 @@ class Ladder:
                 f"The shortest run has {fewest} steps. Runs of fewer than {FEW_STEPS} are left "
                 "out of the fit if there are enough longer runs; lower --batch_size to use "
                 "them."
+            )
+        proportions = [rung.shape.hidden_dim / rung.shape.num_layers for rung in self.rungs]
+        if max(proportions) > UNLIKE * min(proportions):
+            said.append(
+                f"The sizes have {min(proportions):.3g} to {max(proportions):.3g} times as much "
+                "width as layers. Losses of such different shapes do not lie on one curve; a "
+                "smaller --head_dim allows sizes that are more alike."
             )
         if self.run_config.optimizer.parametrization == "standard":
             said.append(

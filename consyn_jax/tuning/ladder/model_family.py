@@ -14,7 +14,9 @@ from consyn_jax.model.arithmetic import num_block_parameters, train_flops_per_to
 from consyn_jax.model_config import ModelConfig
 
 MLP_MULTIPLE = 16  # feed-forward widths are multiples of this
-SIZE_WEIGHT = 5.0  # weight of the error in log(size), relative to log(width / depth)
+# Weight of the error in log(size), relative to log(width / depth). A curve through sizes of
+# different proportions is not smooth: more layers bring less than as many parameters in width.
+SIZE_WEIGHT = 2.0
 SHRINKAGE = 2  # ratio of parameters between neighbouring sizes of a ladder
 TARGETS = ("verse", "stanza", "epic")  # presets whose losses a ladder predicts
 VOCABULARY = 256  # vocabulary size for counts that do not depend on it

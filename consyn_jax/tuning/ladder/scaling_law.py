@@ -20,7 +20,8 @@ EXPONENTS = np.geomspace(0.05, 1.6, 11)  # grid of (alpha, beta) for the startin
 STARTS, STARTS_OF_A_DRAW = 6, 2  # starting points of a fit, and of a fit to a bootstrap draw
 LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
 FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
-FEW_STEPS = 100  # losses of shorter runs were far from the curve (benchmarks/ladder.py)
+# Losses of shorter runs were far from the curve, and moved its predictions (benchmarks/ladder.py).
+FEW_STEPS = 250
 # Fewest points for a fit without shorter runs; bootstrap draws of fewer points hardly differ.
 FEWEST_LEFT = 8
 DRAWS = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from consyn_jax.tuning.search_space import Dimension
@@ -39,6 +39,8 @@ class UntriedPoints:
         sampler: the sampler that draws.
         space: a search space with a finite number of points.
         distributions: Optuna's distribution of each flag.
+        trials: function that returns all trials of the study. The study that Optuna passes to a
+            sampler has only part of them with `--pruner hyperband`.
         seed: seed of the draw among untried points, if the sampler draws none.
     """
 
@@ -47,10 +49,11 @@ class UntriedPoints:
         sampler: Any,
         space: Sequence[Dimension],
         distributions: Mapping[str, Any],
+        trials: Callable[[], Sequence[Any]],
         seed: int,
     ) -> None:
         self._sampler, self._space, self._seed = sampler, space, seed
-        self._distributions = dict(distributions)
+        self._distributions, self._trials = dict(distributions), trials
 
     def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
         """All flags, because a point must be new as a whole."""
@@ -61,7 +64,7 @@ class UntriedPoints:
         names = list(self._distributions)
         tried = {
             tuple(other.params.get(name) for name in names)
-            for other in study.get_trials(deepcopy=False)
+            for other in self._trials()
             if other.number != trial.number
         }
         for _ in range(MOST_DRAWS):

@@ -115,7 +115,7 @@ def test_a_table_without_names_of_columns_is_told_what_to_do(tmp_path: Path) -> 
 def test_faults_are_named(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a,a\n1,2\n", encoding="utf-8")
-    with pytest.raises(UserError, match="more than one column 'a'"):
+    with pytest.raises(UserError, match="several columns named 'a'"):
         rows(path)
     path.write_text("a,b\n" + "1,2\n" * 200 + '"x"y,3\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"t\.csv:202 is not a row of a table"):

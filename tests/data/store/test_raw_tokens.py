@@ -131,7 +131,9 @@ def test_a_bin_of_wider_numbers_is_refused(tmp_path: Path) -> None:
     ids = np.arange(200) % 60
     for kind in (np.uint32, np.int64):
         ids.astype(kind).tofile(tmp_path / "train.bin")
-        with pytest.raises(UserError, match=r"32 bits or more.* Write it as uint16, or as \.npy\."):
+        with pytest.raises(
+            UserError, match=r"32 bits or more.* Write the file as uint16, or as \.npy\."
+        ):
             all_of(RawTokens([tmp_path / "train.bin"], BYTES).split("train"))
     ids.astype(np.uint16).tofile(tmp_path / "train.bin")
     assert all_of(

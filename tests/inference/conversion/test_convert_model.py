@@ -132,7 +132,7 @@ def test_a_checkpoint_and_a_mean_of_them(convert: Convert, run: Path) -> None:
         (["{run}", "--output", "x.gguf"], "is the name of a GGUF file, but --to hf writes a dir"),
         (["{run}", "--output", "x", "--to", "orbax", "--shard_size", "1MB"], "is for --to hf"),
         (["{run}", "--output", "x", "--average", "0"], "--average 0 averages nothing"),
-        (["{run}", "--output", "x", "--average", "3"], "has checkpoints of steps 2, 4 only"),
+        (["{run}", "--output", "x", "--average", "3"], "has fewer checkpoints (steps: 2, 4)"),
         (["{run}", "--output", "x", "--average", "2,3"], "no checkpoint of step 3"),
         (["{run}", "--output", "x", "--average", "2,2"], "a step is given twice"),
         (["{run}", "--output", "x", "--average", "1"], "is one checkpoint. Use --step"),

@@ -40,6 +40,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
         (run_mirror, "LOOK_S", 0.01),
         (run_mirror, "FILES_S", 0.05),
         (run_mirror, "LONGEST_PAUSE_S", 0.05),
+        (run_mirror, "ABANDON_S", 0.3),
         (lease, "LEASE_S", 2.0),
         (lease, "RENEW_S", 0.1),
         (lease, "MARGIN_S", 0.2),
@@ -121,10 +122,9 @@ class Mirrored:
         remote = RemoteRun(URL)
         remote.lease.acquire()
         remote.lease.start()
-        keep = config.saving.keep_last, config.saving.keep_every
         self.remote = remote
         told = self.warned.append, self.noted.append, moved
-        self.mirror = RunMirror(remote, directory, keep, *told)
+        self.mirror = RunMirror(remote, directory, config.saving, *told)
 
 
 @pytest.fixture
@@ -545,8 +545,9 @@ def test_a_defect_in_the_thread_is_raised_at_the_end_and_not_before(
 
 
 @pytest.fixture
-def hanging(bucket: MemoryBucket) -> Iterator[threading.Event]:
+def hanging(bucket: MemoryBucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While this event is set, the store accepts requests and answers none of them."""
+    monkeypatch.setattr(remote_run, "RELEASE_S", 0.1)
     hangs, released = threading.Event(), threading.Event()
 
     def hang(name: str, key: str) -> None:
@@ -586,57 +587,169 @@ def test_the_end_of_the_wait_does_not_depend_on_the_client_s_timeouts(
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "mirror")
 
 
-def test_what_a_failing_client_reads_again_does_not_prolong_the_wait(
-    bucket: MemoryBucket,
-    directory: RunDirectory,
-    config: RunConfig,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A client with short timeouts reads the file anew for each of its attempts."""
-    monkeypatch.setattr(run_mirror, "EXIT_S", 0.5)
-    upload = bucket.upload
-
-    def read_and_fail(file: Any, key: str) -> None:
-        file.read()
-        time.sleep(0.2)
-        raise BucketError("cannot be reached (Read timeout)")
-
-    monkeypatch.setattr(bucket, "upload", read_and_fail)
-    running = Mirrored(config, directory)
-    began = time.monotonic()
-    running.mirror.close()
-    assert time.monotonic() - began < 30
-    assert "newest complete checkpoint there: none" in running.warned[-1]
-    monkeypatch.setattr(bucket, "upload", upload)
-
-
-def test_a_slow_upload_is_waited_for_while_its_bytes_are_taken(
-    bucket: MemoryBucket,
-    directory: RunDirectory,
-    config: RunConfig,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By a clock of its own: the upload takes five times as long as the run waits without progress."""
-    now, upload = [0.0], bucket.upload
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The mirror's clock, which only the test moves. The run waits 1 s without progress."""
+    now = [0.0]
     clock = types.SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
     monkeypatch.setattr(run_mirror, "time", clock)
     monkeypatch.setattr(run_mirror, "EXIT_S", 1.0)
-    (directory.path / "loss.png").write_bytes(bytes(10 << 20))
+    return now
 
-    def slowly(file: Any, key: str) -> None:
+
+def test_a_slow_upload_is_waited_for_while_its_bytes_are_sent(
+    clock: list[float],
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if uploads have failed since before the end, and begin anew twice."""
+    upload, attempts, looks = bucket.upload, [0], [0]
+    (directory.path / "loss.png").write_bytes(bytes(10))
+    checkpoint(directory, 10)
+
+    def fail(name: str, key: str) -> None:
+        if name == "upload":
+            raise BucketError("does not answer now (SlowDown)")
+
+    def slowly(file: Any, key: str, sent: Any) -> None:
         if key.endswith("loss.png"):
-            while file.read(1 << 20):
-                now[0] += 0.5
-                time.sleep(0.001)
-            file.seek(0)
-        upload(file, key)
+            attempts[0] += 1
+            for total in range(10 if attempts[0] == 3 else 4):
+                clock[0] += 0.5
+                sent(total + 1)
+                seen = looks[0]
+                wait(lambda seen=seen: looks[0] >= seen + 2)
+            if attempts[0] < 3:
+                raise BucketError("cannot be reached (reset)")
+        upload(file, key, sent)
 
+    def look() -> None:
+        looks[0] += 1
+
+    bucket.before = fail
+    running = Mirrored(config, directory, look)
+    wait(lambda: running.warned)
+    clock[0] += 500
     monkeypatch.setattr(bucket, "upload", slowly)
+    closing = threading.Thread(target=running.mirror.close)
+    closing.start()
+    wait(lambda: looks[0])
+    bucket.before = lambda name, key: None
+    closing.join(WAITS_S)
+    assert attempts == [3]
+    assert len(running.warned) == 1, running.warned
+    assert running.noted == [f"Uploads to {URL} succeed again."]
+    assert marked(bucket) == [10]
+
+
+@pytest.mark.parametrize("last", ["checkpoints/10/run.json", "markers/10.json"])
+def test_what_is_sent_again_does_not_prolong_the_wait_for_ever(
+    last: str,
+    clock: list[float],
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server takes all bytes of a checkpoint, but always refuses one of its objects."""
+    upload, attempts = bucket.upload, [0]
+
+    def refuse(file: Any, key: str, sent: Any) -> None:
+        clock[0] += 0.1
+        sent(5)
+        if key == f"{TOP}{last}":
+            attempts[0] += 1
+            raise BucketError("refuses the request (QuotaExceeded: full)")
+        upload(file, key, sent)
+
+    monkeypatch.setattr(run_mirror, "ABANDON_S", WAITS_S)
+    monkeypatch.setattr(bucket, "upload", refuse)
     running = Mirrored(config, directory)
+    checkpoint(directory, 10)
     running.mirror.close()
-    assert running.warned == []
-    assert now[0] == 5
-    assert len(bucket.objects[f"{TOP}loss.png"][0]) == 10 << 20
+    assert attempts[0] > run_mirror.COUNTED_ATTEMPTS
+    assert running.warned[-1].startswith(f"--remote {URL} still refuses the request (QuotaExceeded")
+    assert f"{TOP}lease.json" not in bucket.objects, "the thread has ended, so it is released"
+
+
+def test_an_abandoned_thread_sends_no_more_of_an_object(
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The lease is released once the thread has ended, so that the next start need not wait."""
+    upload, total = bucket.upload, [0]
+    checkpoint(directory, 10)
+    sends = threading.Event()
+
+    def endlessly(file: Any, key: str, sent: Any) -> None:
+        while key.endswith("state/d/0"):
+            total[0] += 1
+            sent(total[0])
+            sends.set()
+            time.sleep(0.001)
+        upload(file, key, sent)
+
+    def come() -> None:
+        sends.wait(WAITS_S)
+        raise Unsaved(signal.SIGTERM)
+
+    monkeypatch.setattr(run_mirror, "ABANDON_S", WAITS_S)
+    monkeypatch.setattr(bucket, "upload", endlessly)
+    running = Mirrored(config, directory, come)
+    with pytest.raises(Interrupted, match=r"^SIGTERM: the run in .* is complete, and no longer"):
+        running.mirror.close(is_complete=True)
+    assert not running.mirror._thread.is_alive()
+    assert f"{TOP}lease.json" not in bucket.objects
+
+
+def test_a_signal_while_the_lease_is_released_does_not_say_that_files_are_missing(
+    bucket: MemoryBucket,
+    directory: RunDirectory,
+    config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint(directory, 10)
+    running = Mirrored(config, directory)
+    dropped: list[int] = []
+
+    def come() -> None:
+        raise Unsaved(signal.SIGTERM, dropped.append)
+
+    monkeypatch.setattr(running.remote, "release", come)
+    running.mirror.close(is_complete=True)
+    assert marked(bucket) == [10]
+    assert running.warned == dropped == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [
+        ({"overwrite": True}, "the same command without --overwrite"),
+        ({"resume": "10"}, "the same command with --resume auto"),
+        ({"resume": "never"}, "the same command with --resume auto"),
+    ],
+)
+def test_the_command_that_uploads_the_rest_deletes_nothing(
+    flags: dict[str, Any],
+    command: str,
+    hanging: threading.Event,
+    directory: RunDirectory,
+    config: RunConfig,
+) -> None:
+    def come() -> None:
+        raise Unsaved(signal.SIGTERM)
+
+    own = dataclasses.replace(config, saving=dataclasses.replace(config.saving, **flags))
+    running = Mirrored(own, directory, come)
+    hanging.set()
+    with pytest.raises(Interrupted) as stopped:
+        running.mirror.close(is_complete=True)
+    said = f"To upload the rest, run {command} again on this machine."
+    assert str(stopped.value).endswith(said)
 
 
 @pytest.mark.parametrize("is_complete", [True, False])
@@ -669,10 +782,7 @@ def test_a_signal_ends_the_wait(
     assert dropped == []
 
 
-def test_a_release_that_hangs_ends(
-    hanging: threading.Event, bucket: MemoryBucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote_run, "RELEASE_S", 0.1)
+def test_a_release_that_hangs_ends(hanging: threading.Event) -> None:
     remote = RemoteRun(URL)
     remote.lease.acquire()
     remote.lease.start()

@@ -404,7 +404,7 @@ def test_recipes_are_adapted_to_the_optimizer() -> None:
         ),
         (
             {"optimizer": "schedule_free_adamw", "beta1": 0},
-            "--beta1 0 turns off the averaging of --optimizer schedule_free_adamw",
+            "--beta1 0 turns off the averaging of schedule_free_adamw",
         ),
     ],
 )

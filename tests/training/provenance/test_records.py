@@ -316,7 +316,7 @@ def test_what_a_run_or_a_file_manager_leaves_is_no_difference(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "mode", "said"),
     [
-        ({"json": True}, "", "--json belongs to"),
+        ({"json": True}, "", "--json needs"),
         ({"verify": "x", "documents_of": "3"}, "", "do not work together"),
         ({"replay_step": 3}, "dry_run", "--replay_step and --dry_run do not work together"),
     ],

@@ -48,8 +48,8 @@ def test_a_second_process_is_refused_and_the_holder_is_named(
     since = json.loads(read_holder(tmp_path))["since"]
     who = f"pid {other.pid} on {socket.gethostname()}, since {since}"
     words = (
-        f"--output {tmp_path} is in use by another process: {who}. Wait for it, or name another "
-        "directory."
+        f"--output {tmp_path} is in use by another process: {who}. Wait for that process, or name "
+        "another directory."
     )
     for attempt in (RunLock, check_free):
         with pytest.raises(UserError) as refused:
@@ -86,7 +86,7 @@ def test_a_file_that_names_no_process_is_taken_over(content: str, tmp_path: Path
     RunLock(tmp_path).release()
     descriptor = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match=r"is in use by another process\. Wait for it"):
+    with pytest.raises(UserError, match=r"is in use by another process\. Wait for that process"):
         RunLock(tmp_path)
     os.close(descriptor)
 

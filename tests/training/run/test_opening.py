@@ -76,6 +76,14 @@ def test_a_directory_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
             open_run_directory(run(foreign, overwrite=overwrite)[0], DERIVED)
 
 
+def test_only_the_study_uses_the_directory_of_a_trial(tmp_path: Path) -> None:
+    (tmp_path / "trial.json").touch()
+    with pytest.raises(UserError, match="has a trial of a study, which only consyn-tune continues"):
+        open_run_directory(run(tmp_path)[0], DERIVED)
+    assert [file.name for file in tmp_path.iterdir()] == ["trial.json"]
+    open_run_directory(run(tmp_path)[0], DERIVED, is_trial=True).close()
+
+
 def test_resume_by_step_needs_that_checkpoint_and_never_needs_no_run(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run"):

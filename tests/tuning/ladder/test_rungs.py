@@ -32,7 +32,9 @@ def test_sizes_double_up_to_the_model_and_keep_its_heads(model: str) -> None:
     assert found[-1] == whole
     sizes = [num_body_parameters(model_of(options, shape)) for shape in found]
     for small, large in itertools.pairwise(sizes):
-        assert 1.5 < large / small < 2.5
+        assert 1.4 < large / small < 2.5
+    proportions = [shape.hidden_dim / shape.num_layers for shape in found]
+    assert max(proportions) <= 1.5 * min(proportions)
     for shape in found:
         assert shape.head_dim == whole.head_dim
         assert shape.num_heads * shape.head_dim == shape.hidden_dim

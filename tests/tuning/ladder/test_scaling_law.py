@@ -67,12 +67,12 @@ def test_intervals_hold_the_truth_and_grow_with_noise_and_distance() -> None:
 
 def test_runs_of_few_steps_are_left_out_if_enough_others_are_there() -> None:
     points = losses(CHINCHILLA)
-    found = long_enough(points, 100_000)
+    found = long_enough(points, 40_000)
     assert found == [point for point in points if point.tokens >= 1e7]
     assert 6 <= len(found) < len(points)
     assert long_enough(points, 10**9) == points
-    assert len(long_enough(points, 1_600_000)) == 8
-    assert long_enough(points[:-1], 1_600_000) == points[:-1], "7 would be left, which draws repeat"
+    assert len(long_enough(points, 640_000)) == 8
+    assert long_enough(points[:-1], 640_000) == points[:-1], "7 would be left, which draws repeat"
 
 
 def test_a_law_needs_three_sizes_and_three_lengths() -> None:

@@ -17,27 +17,51 @@ if not os.environ.get("CI"):  # where the extra must be installed
 SPACE = [Dimension("optimizer", choices=("adamw", "lion")), Dimension("num_layers", 1, 3)]
 
 
-def points(output: Path, number: int, **options: Any) -> list[tuple[Any, ...]]:
-    """Work through trials, with a new process for each."""
-    more: dict[str, Any] = {"maximize": False, "num_evaluations": 2, "seed": 1}
-    for i in range(number):
-        study = OptunaStudy(output, StudyOptions(**options), SPACE, {}, **more)
-        claim = study.claim(number)
-        assert claim is not None
-        study.tell(claim, float(claim.values["num_layers"] + i))
-        claim.release()
+ALL = {(name, layers) for name in ("adamw", "lion") for layers in (1, 2, 3)}
+
+
+def opened(output: Path, **options: Any) -> OptunaStudy:
+    more: dict[str, Any] = {"maximize": False, "num_evaluations": 27, "seed": 1}
+    return OptunaStudy(output, StudyOptions(**options), SPACE, {}, **more)
+
+
+def train(study: OptunaStudy, number: int) -> None:
+    """Work on the next trial of `number`."""
+    claim = study.claim(number)
+    assert claim is not None
+    value = float(claim.values["num_layers"] + claim.number)
+    claim.trial.report(value, 0)
+    claim.trial.should_prune()  # Hyperband has no brackets before its first decision
+    study.tell(claim, value)
+    claim.release()
+
+
+def points(study: OptunaStudy) -> list[tuple[Any, ...]]:
     return [(t.params["optimizer"], t.params["num_layers"]) for t in study.trials]
 
 
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
-def test_every_point_is_tried_once(tmp_path: Path, sampler: str) -> None:
-    found = points(tmp_path, 6, sampler=sampler)
-    assert set(found) == {(name, layers) for name in ("adamw", "lion") for layers in (1, 2, 3)}
+def test_every_point_is_tried_once(tmp_path: Path, sampler: str, pruner: str) -> None:
+    study = opened(tmp_path, sampler=sampler, pruner=pruner)
+    for _ in ALL:
+        train(study, len(ALL))
+    assert set(points(study)) == ALL
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_every_point_is_tried_once_by_several_processes(tmp_path: Path, sampler: str) -> None:
+    for _ in ALL:
+        train(opened(tmp_path, sampler=sampler), len(ALL))
+    assert set(points(opened(tmp_path))) == ALL
 
 
 def test_when_all_points_are_tried_some_are_repeated(tmp_path: Path) -> None:
     """As in a study of an earlier version, whose limit is a number of trials."""
-    assert len(points(tmp_path, 8)) == 8
+    study = opened(tmp_path)
+    for _ in range(8):
+        train(study, 8)
+    assert set(points(study)) == ALL
 
 
 def test_a_sampler_that_repeats_itself_is_not_asked_forever() -> None:
@@ -52,15 +76,11 @@ def test_a_sampler_that_repeats_itself_is_not_asked_forever() -> None:
         def __init__(self, number: int, *values: Any) -> None:
             self.number, self.params = number, dict(zip(names, values, strict=False))
 
-    class Study:
-        def get_trials(self, deepcopy: bool) -> list[Trial]:
-            return trials
-
     names = [dimension.name for dimension in SPACE]
     trials, seen = [Trial(0, "lion", 2)], {("lion", 2)}
     for number in range(1, 6):
-        sampler = UntriedPoints(Stuck(), SPACE, dict.fromkeys(names), seed=number)
-        drawn = sampler.sample_relative(Study(), Trial(number), {})
+        sampler = UntriedPoints(Stuck(), SPACE, dict.fromkeys(names), lambda: trials, seed=number)
+        drawn = sampler.sample_relative(None, Trial(number), {})
         trials.append(Trial(number, *drawn.values()))
         seen.add(tuple(drawn.values()))
     assert len(seen) == 6

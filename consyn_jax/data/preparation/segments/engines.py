@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from consyn_jax.data.preparation.preparation_spec import Spec
-from consyn_jax.data.preparation.segments.many_writers import Tasks, TasksHere
+from consyn_jax.data.preparation.segments.tasks import Tasks, TasksHere
 from consyn_jax.data.store.file_hashes import FileHashes
 
 HASHED_HERE = 4 << 30  # bytes that this process hashes alone, within seconds

@@ -145,7 +145,20 @@ class Job:
     @property
     def shard_drafts(self) -> Path:
         """The directory in the store for shards that are being written."""
-        return self.output / PREPARING / f"{SHARD_DRAFTS}{self.generation}"
+        return self.output / PREPARING / f"{self._shard_drafts}{self.generation}"
+
+    @property
+    def earlier_shard_drafts(self) -> list[Path]:
+        """The directories for shards of earlier commands with the same `root`.
+
+        There is none if a command with one writer, or with another `root`, has changed the store
+        since.
+        """
+        return list((self.output / PREPARING).glob(f"{self._shard_drafts}*"))
+
+    @property
+    def _shard_drafts(self) -> str:
+        return f"{SHARD_DRAFTS}{hashlib.sha256(str(self.root).encode()).hexdigest()[:8]}-"
 
     # --------------------------------------------------------------------------- segments
 

@@ -8,6 +8,9 @@ preparation run as this user.
 The unfinished store has a note with the paths of its directories. A command without
 `--shared_directory`, or with other data, may finish the store or delete it with `--overwrite`, and
 could not find them by their names.
+
+While a command uses the directory, it holds a lock in it. Otherwise two commands on different hosts
+would share the directory if each has an output of its own under the same path.
 """
 
 from __future__ import annotations
@@ -33,29 +36,48 @@ from consyn_jax.files import (
     flush,
     irregular,
     make_directory,
+    open_regular,
     read_whole,
     remove,
+    try_lock,
     write_whole,
 )
 from consyn_jax.prepare_config import CorpusOptions
 
 NAME = re.compile(r"consyn-[0-9a-f]{32}-[0-9a-f]{8}")  # of a directory in --shared_directory
 TOKENIZER = "tokenizer"  # learned from the data
+LOCK = "lock"
 GENERATION = re.compile(r"[0-9a-f]{32}")
 _NAMES = rf"({re.escape(JOB)}|{TOKENIZER}|{GENERATION.pattern})"
 _ASIDE = rf"\.{_NAMES}\.[0-9a-f]{{16}}\.(new|old|gone)"
-_OURS = re.compile(rf"{_NAMES}|{_ASIDE}")
+_OURS = re.compile(rf"{_NAMES}|{_ASIDE}|{LOCK}")
 _OF_NFS = re.compile(r"\.nfs[0-9a-f]+")  # a removed file that some process still has open
 _NOTE = "scratch.json"  # in PREPARING: a list of directories
 _EXAMPLE = f"consyn-{'0' * 32}-{'0' * 8}"
 _ELSEWHERE = "Give another directory, on storage that all nodes share."
 
 
-def open_directory(root: Path) -> None:
+class _Unusable(UserError):
+    """A directory that this command must not use.
+
+    Args:
+        fact: the reason, as a sentence without full stop.
+    """
+
+    def __init__(self, fact: str, advice: str) -> None:
+        super().__init__(f"{fact}. {advice}")
+        self.fact = fact
+
+
+def open_directory(root: Path) -> int:
     """Make the directory, or check one that exists; remove what a killed command left half-way.
 
+    Returns:
+        The descriptor of the locked lock file; close it to release the lock.
+
     Raises:
-        UserError: it is a link, belongs to another user, or contains something else.
+        UserError: the directory is a link, belongs to another user, contains something else, or is
+            in use.
         OSError: it cannot be written.
     """
     make_directory(root.parent)
@@ -64,13 +86,46 @@ def open_directory(root: Path) -> None:
         flush(root.parent)
     except FileExistsError:
         check_directory(root)
-    for entry in root.iterdir():
-        if re.fullmatch(_ASIDE, entry.name):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    lock = _locked(root)
+    try:
+        for entry in root.iterdir():
+            if re.fullmatch(_ASIDE, entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _locked(root: Path) -> int:
+    """Lock the directory; return the descriptor of the lock file.
+
+    Raises:
+        UserError: another command has the lock, or the storage has no locks.
+        OSError: the lock file cannot be opened.
+    """
+    path = root / LOCK
+    lock = open_regular(path, os.O_RDWR | os.O_CREAT)
+    try:
+        is_free = try_lock(lock)
+    except OSError as error:
+        os.close(lock)
+        raise _Unusable(
+            f"{root} cannot be locked: {error.strerror or error}",
+            "Give a --shared_directory on storage with locks (flock).",
+        ) from error
+    with suppress(FileNotFoundError):  # the command that had the lock has just removed the file
+        if is_free and os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+    os.close(lock)
+    raise _Unusable(
+        f"{root} is in use by another command, here or on another machine",
+        "Wait for it, or give another --shared_directory.",
+    )
 
 
 def clear(root: Path, kept: Collection[str] = ()) -> None:
-    """Remove the files of the job.
+    """Remove the files of the job, except the lock, which the caller holds.
 
     Raises:
         OSError: a file cannot be removed.
@@ -78,7 +133,7 @@ def clear(root: Path, kept: Collection[str] = ()) -> None:
     (root / JOB).unlink(missing_ok=True)  # first, since without it nothing else is continued
     flush(root)
     for entry in root.iterdir():
-        if _OURS.fullmatch(entry.name) and entry.name not in kept:
+        if _OURS.fullmatch(entry.name) and entry.name not in (LOCK, *kept):
             remove(entry)
 
 
@@ -93,17 +148,18 @@ def check_directory(root: Path) -> None:
     for path in entries:
         found = found or irregular(path, inside=False)
     if found:
-        raise UserError(
-            f"{found[0]} is {found[1]}, where consyn-prepare needs files of its own. Remove it, "
-            "or give another --shared_directory."
+        raise _Unusable(
+            f"{found[0]} is {found[1]}, where consyn-prepare needs files of its own",
+            "Remove it, or give another --shared_directory.",
         )
     if _owner(root) != os.geteuid() and _owner(root) != _owner_of_new(root):
-        raise UserError(f"{root} belongs to another user. Give a --shared_directory of your own.")
+        raise _Unusable(f"{root} belongs to another user", "Give a --shared_directory of your own.")
     names = [entry.name for entry in entries]
     if foreign := [n for n in names if not (_OURS.fullmatch(n) or _OF_NFS.fullmatch(n))]:
-        raise UserError(
+        raise _Unusable(
             f"{root} contains {listed(foreign)}, which is not from consyn-prepare and is not "
-            "deleted. Move it elsewhere, or give another --shared_directory."
+            "deleted",
+            "Move it elsewhere, or give another --shared_directory.",
         )
 
 
@@ -144,23 +200,49 @@ def note_scratch(output: Path, root: Path) -> None:
         write_whole(output / PREPARING / _NOTE, json.dumps([*known, str(root)]))
 
 
-def remove_scratch(output: Path) -> list[Path]:
-    """Remove all segments of the store in `output`, which must be locked or unused.
+def remove_scratch(output: Path) -> list[str]:
+    """Remove all segments of the store in `output`, which must be locked.
 
     Returns:
-        Directories that cannot be removed, or are on storage that this machine does not see.
+        One or two sentences for each directory that was not removed, with the reason.
     """
     left = []
     for root in _noted(output):
-        if root.parent.is_dir() and not os.path.lexists(root):
-            continue
         try:
-            check_directory(root)
-            clear(root)
-            root.rmdir()
-        except (OSError, UserError):
-            left.append(root)
+            _remove(root)
+        except _Unusable as refused:
+            left.append(
+                f"{refused.fact}. Segments of this store that may be there are not needed any more."
+            )
+        except OSError as error:
+            left.append(
+                f"{root} may have segments of this store, which are not needed any more, and "
+                f"cannot be deleted from here ({error.strerror or error}). Delete it."
+            )
     return left
+
+
+def _remove(root: Path) -> None:
+    """Remove a directory of segments; do nothing if it is gone.
+
+    Raises:
+        UserError: the directory is not ours, or is in use.
+        OSError: it cannot be removed, or is on storage that this machine does not see.
+    """
+    try:
+        root.lstat()
+    except FileNotFoundError:
+        if root.parent.is_dir():
+            return
+        raise
+    check_directory(root)
+    lock = _locked(root)
+    try:
+        clear(root)
+        (root / LOCK).unlink()  # last, because a command that finds none makes a new one
+    finally:
+        os.close(lock)
+    root.rmdir()  # after `close`: NFS keeps an open file in its directory under a hidden name
 
 
 def _noted(output: Path) -> list[Path]:

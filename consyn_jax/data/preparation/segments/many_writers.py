@@ -7,20 +7,19 @@ then checks the data and writes the report and the manifest, as it does for a si
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
-import shutil
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from consyn_jax.data.preparation.build import text_bytes
 from consyn_jax.data.preparation.corpus_report import Report, check_leniency, is_as_lenient
 from consyn_jax.data.preparation.destination import DAMAGED_TYPES, Destination
 from consyn_jax.data.preparation.journal import JOURNAL, Journal
 from consyn_jax.data.preparation.preparation_spec import Spec
-from consyn_jax.data.preparation.segments.job import JOB, STARTS, Job
+from consyn_jax.data.preparation.segments.job import JOB, Job
 from consyn_jax.data.preparation.segments.job_directory import (
     GENERATION,
     TOKENIZER,
@@ -29,15 +28,15 @@ from consyn_jax.data.preparation.segments.job_directory import (
     open_directory,
     scratch_name,
 )
-from consyn_jax.data.preparation.segments.phases import Answer, work, work_on_file
 from consyn_jax.data.preparation.segments.shard_tasks import plan_shards, write_shards_plan
 from consyn_jax.data.preparation.segments.spans import large_sources, plan
+from consyn_jax.data.preparation.segments.tasks import Tasks
 from consyn_jax.data.preparation.workers.messages import WorkerSettings
 from consyn_jax.data.preparation.workers.worker import learn_tokenizer
 from consyn_jax.data.split import SPLITS
 from consyn_jax.data.store.shards import Shard
 from consyn_jax.data.store.store_writer import SHARD_TOKENS
-from consyn_jax.errors import UserError, remedy
+from consyn_jax.errors import AGAIN, UserError, remedy
 from consyn_jax.files import (
     aside,
     flush,
@@ -51,63 +50,12 @@ from consyn_jax.tokenization import BPETokenizer
 
 # A segment takes a core up to two minutes. A small corpus has a few thousand segments.
 MOST_SEGMENT_BYTES, LEAST_SEGMENT_BYTES, SEGMENTS = 256 << 20, 4 << 20, 4096
+# Errors from reading a file that is missing or damaged. A `UserError` is a `ValueError`.
+_DAMAGED = (FileNotFoundError, RecursionError, *DAMAGED_TYPES)
 MOST_PARTITIONS, LEAST_PARTITIONS, PARTITION_BYTES = 1024, 8, 1 << 30
 
 
-class Tasks(AbstractContextManager["Tasks"]):
-    """Runs the tasks of a phase, in any order and in any number of processes."""
-
-    @abstractmethod
-    def run(
-        self, job: Job, phase: str, numbers: Sequence[int], done: Callable[[int], None]
-    ) -> None:
-        """Run the tasks `numbers` of a phase; call `done` with the number of finished tasks so far.
-
-        Raises:
-            UserError: tasks have failed; the message is about the failed task with the lowest
-                number.
-        """
-
-    @abstractmethod
-    def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
-        """Size, time stamp and SHA-256 of each file; `done` is as for `run`.
-
-        Raises:
-            UserError: a file cannot be read.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the processes; tasks in progress are lost."""
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class TasksHere(Tasks):
-    """Runs the tasks one after another in this process, for tests and measurements."""
-
-    def run(
-        self, job: Job, phase: str, numbers: Sequence[int], done: Callable[[int], None]
-    ) -> None:
-        """Run the tasks in order."""
-        for count, number in enumerate(numbers, 1):
-            _taken(work(str(job.root), job.identity, phase, number))
-            done(count)
-
-    def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
-        """Hash the files in order."""
-        return [_taken(work_on_file(str(path.resolve()))) for path in paths]
-
-    def close(self) -> None:
-        """Do nothing, because there are no processes."""
-
-
-def _taken(answer: Answer) -> Any:
-    fault, result = answer
-    if fault:
-        raise UserError(fault)
-    return result
+T = TypeVar("T")
 
 
 def one_writer_reason(spec: Spec) -> str:
@@ -138,10 +86,14 @@ class ManyWriters:
         self._spec, self._destination = spec, destination
         self._root = root_of(spec, destination)
         with self._writing_shared():
-            open_directory(self._root)
-        with _writing(str(destination.directory)):
-            note_scratch(destination.directory, self._root)
-        self._job = self._begin()
+            self._lock = open_directory(self._root)
+        try:
+            with _writing(str(destination.directory)):
+                note_scratch(destination.directory, self._root)
+            self._job = self._begin()
+        except BaseException:
+            self.close()
+            raise
 
     def fill(self, tasks: Tasks) -> Journal:
         """Run all phases; return the state after the last document."""
@@ -158,8 +110,9 @@ class ManyWriters:
 
             tasks.run(job, phase, left, done)
 
-        if not (job.results / STARTS).exists():
+        if not _has_starts(job):
             large = large_sources(job)
+            self._forget_damaged("cuts", lambda number: job.result("cuts", number)["positions"])
             run("cuts", large, "look")
             cuts = {number: job.result("cuts", number)["positions"] for number in large}
             starts = plan(job, cuts)
@@ -175,12 +128,13 @@ class ManyWriters:
             run("groups", 1)
             run("near", job.partitions)
             run("dropped-near", 1)
+        self._forget_damaged("kept", self._counts)
         run("kept", job.num_segments)
         state = Journal.begin(spec, self._destination.key, job.settings.single)
         shards = plan_shards(job, self._count(state.report))
         with self._writing_shared():
             write_shards_plan(job, shards)
-            self._forget_missing_shards(len(shards))
+        self._forget_damaged("shards", self._shard)
         run("shards", len(shards), "write")
         entries: dict[str, list[Any]] = {}
         for number, (split, *_) in enumerate(shards):
@@ -189,11 +143,9 @@ class ManyWriters:
         state.report.file_bytes = text_bytes(spec)
         return state
 
-    def remove(self) -> None:
-        """Remove the segments."""
-        with suppress(OSError):  # the store does not need it
-            clear(self._root)
-            self._root.rmdir()
+    def close(self) -> None:
+        """Release the lock of the segments; their files stay."""
+        os.close(self._lock)
 
     # ---------------------------------------------------------------------------------- beginning
 
@@ -202,21 +154,21 @@ class ManyWriters:
         tokenizer, single = self._tokenizer(), self._spec.is_one_text
         job = self._new_job(tokenizer, single)
         with self._writing_shared():
-            before = self._take_results(job)
+            continues = self._take_results(job)
         with _writing(str(job.output)):
             tokenizer.save(job.output / "tokenizer")
             # Write the journal that one writer has before its first block. Then a command with
             # other data is refused, and one without --shared_directory starts from the beginning.
             begin = Journal.begin(self._spec, self._destination.key, single)
             begin.write(self._destination.preparing / JOURNAL)
-        self._take_shards(job, before)
+        self._take_shards(job, continues)
         with self._writing_shared():
             job.remove_drafts()
             write_whole(job.root / JOB, job.to_json())
         return job
 
-    def _take_results(self, job: Job) -> str:
-        """Take up the results of an earlier command; return its generation, or "" without one.
+    def _take_results(self, job: Job) -> bool:
+        """Take up the results of an earlier command; return whether there are any.
 
         Results of another job are removed.
 
@@ -231,23 +183,25 @@ class ManyWriters:
             report = _report_of_segments(job)
             check_leniency(report, job.settings.options)
             if is_as_lenient(report, job.settings.options):
-                return found[0].name
+                return True
         clear(job.root, kept=(TOKENIZER,))  # the tokenizer is the same for all jobs of this key
         job.results.mkdir()
         flush(job.root)
-        return ""
+        return False
 
-    def _take_shards(self, job: Job, before: str) -> None:
+    def _take_shards(self, job: Job, continues: bool) -> None:
         """Take up the shards of an earlier command, unless another has changed the store since.
 
         Args:
-            before: generation of the earlier command; "" without one.
+            continues: whether the results were taken up. The last command may have been refused or
+                killed after it did so, before it came here; then the shards' directory still has
+                the generation of a command before it.
         """
-        place = dataclasses.replace(job, generation=before).shard_drafts
-        if before and place.is_dir():
+        found = job.earlier_shard_drafts if continues else []
+        if len(found) == 1:
             with _writing(str(job.output)):
-                place.rename(job.shard_drafts)
-                flush(place.parent)
+                found[0].rename(job.shard_drafts)
+                flush(job.shard_drafts.parent)
             return
         with self._writing_shared():
             remove(job.place("shards", 0).parent)
@@ -302,36 +256,55 @@ class ManyWriters:
         """Join the reports of all segments; return each segment's number of tokens per split."""
         tokens = []
         for segment in range(self._job.num_segments):
-            result = self._job.result("kept", segment)
-            report.join(Report(**result["report"]))
-            for source, read, kept in result["sources"]:
+            of_segment, sources, here = self._counts(segment)
+            report.join(of_segment)
+            for source, read, kept in sources:
                 report.sources[source]["documents"] += read
                 report.sources[source]["kept"] += kept
-            tokens.append(result["tokens"])
+            tokens.append(here)
         return tokens
 
-    def _forget_missing_shards(self, count: int) -> None:
-        """Forget finished shards whose files are missing or damaged, so they are made again."""
+    def _counts(self, segment: int) -> tuple[Report, list[list[int]], list[int]]:
+        """The report of a segment, its documents by source, and its tokens by split."""
+        result = self._job.result("kept", segment)
+        return Report.of(result["report"]), result["sources"], result["tokens"]
+
+    def _forget_damaged(self, phase: str, read: Callable[[int], object]) -> None:
+        with self._writing_shared():
+            _results(self._job, phase, read)
+
+    def _shard(self, number: int) -> Shard:
+        """A finished shard, whose files exist and have the right sizes."""
         job = self._job
-        for number in job.done("shards"):
-            if number >= count or not _is_there(job, number):
-                shutil.rmtree(job.place("shards", number))
+        return Shard(job.output, job.result("shards", number), job.tokenizer.vocab_size)
 
 
-def _is_there(job: Job, number: int) -> bool:
-    """Whether all files of a finished shard exist and have the right sizes."""
+def _results(job: Job, phase: str, read: Callable[[int], T]) -> list[T]:
+    """Read the results of all finished tasks of a phase.
+
+    Damaged results, and shards whose files are missing, are removed, so that their tasks run again.
+    """
+    found = []
+    for number in sorted(job.done(phase)):
+        try:
+            found.append(read(number))
+        except _DAMAGED:
+            remove(job.place(phase, number))
+    return found
+
+
+def _has_starts(job: Job) -> bool:
     try:
-        Shard(job.output, job.result("shards", number), job.tokenizer.vocab_size)
-    except UserError:
+        return job.starts is not None
+    except _DAMAGED:
         return False
-    return True
 
 
 def _saved(path: Path) -> Job | None:
     """Read a job from a file; None if there is no readable one."""
     try:
         return Job.from_json(read_whole(path))
-    except (FileNotFoundError, RecursionError, *DAMAGED_TYPES):
+    except _DAMAGED:
         return None
 
 
@@ -355,13 +328,17 @@ def _is_same(old: Job | None, new: Job) -> bool:
 
 def _report_of_segments(job: Job) -> Report:
     """The counts of all finished segments, with the first dropped rows."""
-    report = Report()
-    for number in sorted(job.done("segments")):
+
+    def of_segment(number: int) -> Report:
         saved = job.result("segments", number)
-        of_segment = Report(**saved["report"])
+        report = Report.of(saved["report"])
         for _, rule, place, text in saved["drops"]:
-            of_segment.show(rule, place, text)
-        report.join(of_segment)
+            report.show(rule, place, text)
+        return report
+
+    report = Report()
+    for each in _results(job, "segments", of_segment):
+        report.join(each)
     return report
 
 
@@ -371,6 +348,6 @@ def _writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{what} cannot be written: {error.strerror or error}. {remedy(error)}, and run the "
-            "same command again; it continues."
+            f"{what} cannot be written: {error.strerror or error}. {remedy(error)}, and {AGAIN}; "
+            "it continues."
         ) from error

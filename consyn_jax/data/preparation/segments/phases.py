@@ -24,7 +24,7 @@ from consyn_jax.data.preparation.segments.long_documents import write_long
 from consyn_jax.data.preparation.segments.shard_tasks import write_shard
 from consyn_jax.data.preparation.segments.spans import write_cuts
 from consyn_jax.data.store.file_hashes import hash_of
-from consyn_jax.errors import UserError, remedy
+from consyn_jax.errors import AGAIN, UserError, remedy
 
 PHASES: dict[str, Callable[[Job, int], None]] = {
     "cuts": write_cuts,
@@ -87,8 +87,8 @@ def _answer(run: Callable[[], Any], place: str) -> Answer:
     except OSError as error:
         return (
             f"{error.filename or place} cannot be read or written on node "
-            f"{socket.gethostname()}: {error.strerror or error}. {remedy(error)}, and run the same "
-            "command again; it continues.",
+            f"{socket.gethostname()}: {error.strerror or error}. {remedy(error)}, and {AGAIN}; it "
+            "continues.",
             None,
         )
 

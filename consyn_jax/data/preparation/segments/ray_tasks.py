@@ -13,7 +13,7 @@ from typing import Any
 
 from consyn_jax.data.preparation.segments import phases
 from consyn_jax.data.preparation.segments.job import Job
-from consyn_jax.data.preparation.segments.many_writers import Tasks
+from consyn_jax.data.preparation.segments.tasks import Tasks
 from consyn_jax.data.preparation.workers.ray_calls import RayCalls
 from consyn_jax.errors import UserError
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from consyn_jax.data.preparation.segments.job import Job, Start, check_seen
 from consyn_jax.data.sources.reader import START, Block, Position, Reading
-from consyn_jax.errors import UserError
+from consyn_jax.errors import AGAIN, UserError
 
 # A source smaller than this many segments is not cut.
 FEW = 1.5
@@ -96,5 +96,5 @@ def segment_blocks(job: Job, segment: int) -> Iterator[tuple[int, Block]]:
     if stop != START:
         raise UserError(
             f"{job.sources[last].name} changed while it was read. Do not change the files of "
-            "--data, and run the same command again."
+            f"--data, and {AGAIN}."
         )

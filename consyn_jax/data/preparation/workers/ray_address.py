@@ -30,7 +30,7 @@ def named_address(address: str | None) -> tuple[str, str]:
     The address is "" if a local Ray instance is to be started.
     """
     variable = os.environ.get("RAY_ADDRESS", "")
-    if address and (address != "auto" or variable in ("", "auto", "local")):
+    if address and (address != "auto" or variable in ("", "auto")):
         return "--ray_address", address
     return "RAY_ADDRESS", "" if variable == "local" else variable
 
@@ -73,7 +73,7 @@ def _found_by_ray() -> str:
         return ""
     try:
         return canonicalize_bootstrap_address("auto") or ""
-    except ConnectionError:  # `ray.init` raises it again
+    except (ConnectionError, ValueError):  # a damaged record, too; `ray.init` raises it again
         return ""
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from consyn_jax.data.preparation.workers.ray_address import START, check_address, named_address
 from consyn_jax.data.preparation.workers.ray_signals import holding_signals
-from consyn_jax.errors import UserError, brief, listed
+from consyn_jax.errors import AGAIN, UserError, brief, listed
 
 _MARK = "CONSYN_RAY_OF"  # in the environment of a Ray instance started here
 LOOK_SECONDS = 10.0  # time between two counts of the cluster's processors
 # Errors that `ray.init` raises, besides Ray's own.
 _REFUSALS = (ConnectionError, RuntimeError, ValueError, OSError)
-_INSTALL = "Install the versions of this machine on all nodes, and run the same command again."
+_INSTALL = f"Install the versions of this machine on all nodes, and {AGAIN}."
 
 
 def connect(address: str | None, processors: int | None) -> Any:
@@ -186,12 +186,12 @@ def errors_as_sentences(ray: Any, retries: int, work: str = "block") -> Iterator
         raise UserError(
             f"A worker process on the Ray cluster was killed {retries + 1} times at the same "
             f"{work}; running out of memory is the usual cause. Give Ray fewer CPUs on each "
-            "node, or lower --num_workers, and run the command again."
+            f"node, or lower --num_workers, and {AGAIN}; it continues."
         ) from error
     except errors.RayTaskError:
         raise  # a defect, with the traceback of the worker
     except errors.RayError as error:  # nodes lost, a full object store or disk
         raise UserError(
-            f"The Ray cluster lost a {work}: {brief(error)}. Look at `ray status`, and run the "
-            "same command again; it continues."
+            f"The Ray cluster lost a {work}: {brief(error)}. Look at `ray status`, and {AGAIN}; "
+            "it continues."
         ) from error

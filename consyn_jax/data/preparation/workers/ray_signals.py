@@ -98,6 +98,6 @@ def _watch(read: int, numbers: Container[int], end: Callable[[], object]) -> Non
     os.write(
         2,
         b"\nThe command was interrupted while Ray was starting or ending, and did not wait "
-        b"for it. Run the same command again to continue.\n",
+        b"for it. Run the same command again without --overwrite to continue.\n",
     )
     os._exit(INTERRUPTED)

@@ -33,7 +33,7 @@ from consyn_jax.data.preparation.workers.messages import (
 from consyn_jax.data.preparation.workers.ordered_results import Workers, in_order
 from consyn_jax.data.preparation.workers.worker import Result, Worker
 from consyn_jax.data.sources.reader import Block
-from consyn_jax.errors import UserError
+from consyn_jax.errors import AGAIN, UserError
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -141,7 +141,7 @@ class _Process:
                 ) from error
             raise UserError(
                 f"A worker process was killed by signal {-code}; running out of memory is the "
-                "usual cause. Lower --num_workers, and run the command again."
+                f"usual cause. Lower --num_workers, and {AGAIN}."
             ) from error
         arrays = [
             np.frombuffer(data, kind).reshape(shape)

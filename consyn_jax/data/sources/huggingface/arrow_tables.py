@@ -168,7 +168,7 @@ def choose(names: Sequence[str], columns: Sequence[str], place: Path | str) -> l
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{place} has more than one column {twice[0]!r}. Rename one of them.")
+        raise UserError(f"{place} has several columns named {twice[0]!r}. Rename all but one.")
     wanted = {*columns, *(key.split(".")[0] for key in columns)}
     return [name for name in names if name in wanted]
 

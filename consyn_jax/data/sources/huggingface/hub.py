@@ -35,14 +35,14 @@ from consyn_jax.data.sources.huggingface.hub_cache import (
 )
 from consyn_jax.data.sources.huggingface.hub_errors import OutOfReachError, hub_errors
 from consyn_jax.data.sources.huggingface.hub_names import HubName, hub_name
-from consyn_jax.errors import UserError, listed
+from consyn_jax.errors import AGAIN, UserError, listed
 
 ANSWER_S = 20.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def identity(name: str) -> str:
-    """Return the name of a dataset including its commit, which determines the rows.
+    """Return the name of a dataset with its commit; this name determines the rows.
 
     If the Hub cannot be reached, the last known commit is used, or the commit of the newest copy in
     the cache of `datasets`.
@@ -115,7 +115,7 @@ def stream(hub: HubName, start: int, columns: Sequence[str]) -> Iterator[Part]:
         except OutOfReachError as error:
             raise UserError(
                 f"The connection to the Hugging Face Hub was lost while {place} was streamed: "
-                f"{error}. Run the same command again."
+                f"{error}. Check the network, and {AGAIN}."
             ) from error
         if table is None:
             return

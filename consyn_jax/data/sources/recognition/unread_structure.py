@@ -47,19 +47,24 @@ def unread_structure(
     return [_sentence(*key, places) for key, places in found.items()]
 
 
-def unused_separator(names: Sequence[str], separator: str) -> str:
-    """Say that `--document_separator` separates nothing in files, and why, if it is the line ends.
+def unused_separator(sources: Sequence[Source], separator: str) -> str:
+    """Describe a `--document_separator` that separates nothing; mention CRLF if that is the cause.
 
     Args:
-        names: the text files that are one document each.
+        sources: the text files that are one document each.
         separator: the separator, with newlines and tabs in place of their escapes.
     """
     wanted = separator.replace("\\", "\\\\").replace("'", "\\'").replace("\t", "\\t")
     said = wanted.replace("\n", "\\n").replace("\r", "\\r")
+    names = [source.shown for source in sources]
     text = f"--document_separator $'{said}' separates no documents in {listed(names)}"
     if "\n" not in separator or "\r" in separator:
         return text
-    with_returns = [name for name in names[:MOST_NAMES] if _ends_lines_with_returns(Path(name))]
+    with_returns = [
+        source.shown
+        for source in sources[:MOST_NAMES]
+        if _ends_lines_with_returns(Path(source.name))
+    ]
     if not with_returns:
         return text
     wanted = wanted.replace("\n", "\\r\\n")

@@ -166,7 +166,7 @@ def messages_of(messages: Any, key: str) -> list[tuple[dict[str, Any], bool]]:
 def messages_to_answer(messages: Any, key: str) -> list[dict[str, Any]]:
     """Read messages for the model to answer, and remove nulls. Each message must have a role.
 
-    Whether the chat template knows a role is checked when the messages are rendered.
+    Roles that the chat template does not know are refused later, when it renders the messages.
 
     Raises:
         BadRow: the value is not an array of messages, a message is malformed, or the last message

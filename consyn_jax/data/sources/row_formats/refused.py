@@ -45,7 +45,7 @@ def _chosen(row: dict) -> str:
 
 
 def unknown(row: dict, text_key: str) -> BadRow:
-    """Build the error about a row of no known format, with flags that would read it."""
+    """Build the error about a row of unknown format, with flags that would read the row."""
     if "input_ids" in row:
         return BadRow(
             f"holds token ids, but only text is read from rows; its keys are {shown(row)}.",

@@ -36,12 +36,15 @@ def flags_for(row: dict) -> str:
     if found:
         return f"Give {found}."
     if any(set(keys) <= row.keys() for keys in KNOWN) or _dialogue(row) is not None:
-        return "Leave out --row_format and the flags that name keys, which such rows do not need."
+        return (
+            "Leave out --row_format and the flags that name keys: such rows do not need these "
+            "flags."
+        )
     return _text_field(row) or CHOOSE
 
 
 def is_dialogue(value: Any) -> bool:
-    """Whether a value is an array of messages, or a string that begins like its JSON."""
+    """Whether a value is an array of messages, or a string that begins like the JSON of one."""
     if isinstance(value, str):
         return value.lstrip()[:2] == "[{"
     first = value[0] if isinstance(value, list) and value else None

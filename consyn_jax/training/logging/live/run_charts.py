@@ -31,7 +31,7 @@ class RunChart:
     """One chart.
 
     Attributes:
-        unit: number format of the values, by its name in the script of the page.
+        unit: number format of the values, named as in the script of the page.
         limits: the range of the y axis before a zoom; None for the range of the data.
         kind: "lines", or "stack" for stacked shares of time.
     """

@@ -89,8 +89,8 @@ def _load(name: str) -> type[Any]:
         inspect.signature(kind).bind()
     except TypeError as error:
         raise UserError(
-            f"--logging_backend {name} must work without arguments, but {error}. Give them "
-            "defaults."
+            f"--logging_backend {name} must work without arguments, but {error}. Give its "
+            "arguments defaults."
         ) from error
     return kind
 

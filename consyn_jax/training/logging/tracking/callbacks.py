@@ -76,11 +76,11 @@ class RunView:
         config: every setting by flag name.
         total_steps: number of steps of the whole run.
         resumed_from: the step from which this start resumed; None for a new run.
-        histograms: with `--histograms`, the histograms of the newest evaluation, by name
-            (`weights/q/0`). Each has `counts`, `edges`, `total` and `squares`. Otherwise empty.
+        histograms: the histograms of the newest evaluation, by name (`weights/q/0`); empty without
+            `--histograms`. Each has `counts`, `edges`, `total` and `squares`.
         samples: the texts generated so far, as `{"step", "tokens", "text"}`.
-        stop_request: the first request of a callback to end the run: the callback's name (`by`) and
-            its `reason`. Empty without a request.
+        stop_request: the first request of a callback to end the run, as `{"by", "reason"}`, where
+            `by` is the callback's name; empty without a request.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ def check_methods(callback: Any, name: str) -> None:
             f"methods of a callback are {', '.join(METHODS)}."
         )
     if not found:
-        raise UserError(f"{name} has none of the methods {', '.join(METHODS)}. Add one.")
+        raise UserError(f"{name} has none of the methods {', '.join(METHODS)}. Add one of them.")
     for method in found:
         called = getattr(callback, method)
         takes_self = isinstance(callback, type) and inspect.isfunction(called)

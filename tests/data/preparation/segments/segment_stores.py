@@ -11,7 +11,7 @@ import pytest
 from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.data.preparation.segments import engines
 from consyn_jax.data.preparation.segments.job import Job
-from consyn_jax.data.preparation.segments.many_writers import TasksHere
+from consyn_jax.data.preparation.segments.tasks import TasksHere
 from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 
 SHARD_TOKENS = 40_000
@@ -92,6 +92,13 @@ class Stops(TasksHere):
                 self.left -= 1
             super().run(job, phase, [number], lambda _: None)
             self.ran.setdefault(phase, []).append(number)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> Stops:
+    """Tasks that never stop, for the next commands; they note which ones ran."""
+    tasks = Stops(10_000)
+    monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
+    return tasks
 
 
 def stopped(

@@ -1,8 +1,11 @@
 """The directory of a job: nothing that is not from consyn-prepare is deleted, or used."""
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from segment_stores import RULES, by_many, by_one, files, stopped
@@ -23,6 +26,10 @@ from consyn_jax.prepare_config import CorpusOptions, EngineOptions
 GENERATION = "0123456789abcdef" * 2
 
 
+def opened(root: Path) -> None:
+    os.close(open_directory(root))
+
+
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     """A user's directory, with names that a job also uses."""
@@ -38,7 +45,7 @@ def test_a_link_is_not_followed(tmp_path: Path, foreign: Path) -> None:
     before, root = files(foreign), tmp_path / "root"
     root.symlink_to(foreign)
     with pytest.raises(UserError, match=r"root is a link, where consyn-prepare needs files of its"):
-        open_directory(root)
+        opened(root)
     assert files(foreign) == before
 
 
@@ -65,7 +72,7 @@ def test_a_link_in_place_of_a_job_is_not_followed(
 def test_a_users_directory_is_refused(foreign: Path) -> None:
     before = files(foreign)
     with pytest.raises(UserError) as refused:
-        open_directory(foreign)
+        opened(foreign)
     assert str(refused.value).startswith(
         f"{foreign} contains .hidden, segments, which is not from consyn-prepare and is not deleted"
     )
@@ -75,16 +82,16 @@ def test_a_users_directory_is_refused(foreign: Path) -> None:
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("mine")
     with pytest.raises(UserError, match="root is a file, where consyn-prepare needs"):
-        open_directory(tmp_path / "root")
+        opened(tmp_path / "root")
 
 
 def test_links_inside_are_refused(tmp_path: Path, foreign: Path) -> None:
     before, root = files(foreign), tmp_path / "root"
-    open_directory(root)
+    opened(root)
     for name in ("tokenizer", GENERATION, f".tokenizer.{GENERATION[:16]}.new"):
         (root / name).symlink_to(foreign)
         with pytest.raises(UserError, match=f"{name} is a link, where consyn-prepare needs"):
-            open_directory(root)
+            opened(root)
         (root / name).unlink()
     assert files(foreign) == before
 
@@ -94,17 +101,17 @@ def test_another_users_directory_is_refused(
 ) -> None:
     """Unless the storage gives all directories to that user."""
     root, me = tmp_path / "root", os.geteuid()
-    open_directory(root)
+    opened(root)
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    open_directory(root)  # a new directory belongs to the same user
+    opened(root)  # a new directory belongs to the same user
     monkeypatch.setattr(job_directory, "_owner_of_new", lambda path: me + 1)
     with pytest.raises(UserError, match="root belongs to another user"):
-        open_directory(root)
+        opened(root)
 
 
 def test_only_files_of_a_job_are_removed(tmp_path: Path) -> None:
     root = tmp_path / "shared" / "root"
-    open_directory(root)
+    opened(root)
     assert root.stat().st_mode & 0o777 == 0o700
     fresh = f".tokenizer.{GENERATION[:16]}.new"
     for name in ("tokenizer", GENERATION, fresh):
@@ -112,15 +119,59 @@ def test_only_files_of_a_job_are_removed(tmp_path: Path) -> None:
         (root / name / "a").write_text("a")
     (root / "job.json").write_text("{}")
     (root / ".nfs00a1").write_text("a removed file that is still open")
-    open_directory(root)
-    left = [".nfs00a1", GENERATION, "job.json", "tokenizer"]
+    opened(root)
+    left = [".nfs00a1", GENERATION, "job.json", "lock", "tokenizer"]
     assert sorted(path.name for path in root.iterdir()) == left
     (root / ".nfs00a1").unlink()
     (root / "notes.txt").write_text("mine")  # came later
     clear(root, kept=("tokenizer",))
-    assert sorted(path.name for path in root.iterdir()) == ["notes.txt", "tokenizer"]
+    assert sorted(path.name for path in root.iterdir()) == ["lock", "notes.txt", "tokenizer"]
     clear(root)
-    assert files(root) == {"notes.txt": b"mine"}
+    assert files(root) == {"lock": b"", "notes.txt": b"mine"}
+
+
+def test_a_directory_serves_one_command_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of two hosts, each with an output of its own under the same path."""
+    data, output = tmp_path / "a.txt", tmp_path / "many"
+    data.write_text("some text")
+    job = stopped(monkeypatch, data, output, 0, "segments")
+    lock = open_directory(job.root)
+    before, in_use = files(job.root), f"{job.root} is in use by another command, here or on another"
+    with pytest.raises(UserError, match=f"{in_use} machine. Wait for it, or give another"):
+        by_many(data, output)
+    (said,) = remove_scratch(output)
+    assert said.startswith(in_use)
+    assert files(job.root) == before
+    os.close(lock)
+    assert by_many(data, output)
+
+
+def test_storage_without_locks_is_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(descriptor: int) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(job_directory, "try_lock", fails)
+    with pytest.raises(UserError, match=r"root cannot be locked: No locks available. Give"):
+        opened(tmp_path / "root")
+
+
+def test_a_lock_that_was_just_removed_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command removes the directory's files between `open` and `flock`."""
+    root = tmp_path / "root"
+
+    def removed(descriptor: int) -> bool:
+        (root / "lock").unlink()
+        return True
+
+    monkeypatch.setattr(job_directory, "try_lock", removed)
+    with pytest.raises(UserError, match=r"root is in use by another command"):
+        opened(root)
 
 
 def noted(output: Path) -> list[str]:
@@ -159,18 +210,82 @@ def test_another_shared_directory_takes_over(
     assert [list(path.iterdir()) for path in (job.root.parent, tmp_path / "other")] == [[], []]
 
 
+SAME = (
+    *("--tokenizer", "bytes", "--near_duplicates", "0.8", "--validation_fraction", "0.1"),
+    *("--test_fraction", "0.05", "--num_workers", "0"),
+)
+
+
+@pytest.mark.parametrize("flags", [("--overwrite",), SAME])
 def test_segments_that_cannot_be_removed_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
 ) -> None:
+    """Also with `--quiet`, and without advice to delete what may be a user's."""
     data, output = tmp_path / "a.txt", tmp_path / "many"
     data.write_text("some text")
     job = stopped(monkeypatch, data, output, 0, "segments")
     (job.root / "notes.txt").write_text("mine")
-    flags = ("--data", str(data), "--output", str(output), "--tokenizer", "bytes")
-    assert main([*flags, "--overwrite"]) == 0
-    said = capfd.readouterr()
-    assert f"{job.root} has segments of this store" in said.err + said.out
+    assert main(["--data", str(data), "--output", str(output), "--quiet", *flags]) == 0
+    said = capfd.readouterr().err
+    assert f"warning: {job.root} contains notes.txt, which is not from consyn-prepare" in said
+    assert "elete it" not in said
     assert (job.root / "job.json").exists()
+
+
+@pytest.mark.parametrize("fails", ["is_dir", "iterdir", "rmdir"])
+def test_storage_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    data, output = tmp_path / "a.txt", tmp_path / "many"
+    data.write_text("some text")
+    job = stopped(monkeypatch, data, output, 0, "segments")
+    if fails == "is_dir":
+        shutil.rmtree(job.root)
+
+    def stale(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, fails, stale)
+        (said,) = remove_scratch(output)
+    assert said == (
+        f"{job.root} may have segments of this store, which are not needed any more, and cannot be "
+        "deleted from here (Stale file handle). Delete it."
+    )
+
+
+def test_an_open_file_stays_in_its_directory_on_nfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of a directory is open while the directory is removed."""
+    data, output = tmp_path / "a.txt", tmp_path / "many"
+    data.write_text("some text")
+    hidden, unlink, close = dict[int, Path](), os.unlink, os.close
+
+    def unlink_as_nfs(path: Any, *, dir_fd: int | None = None) -> None:
+        if Path(path).name != "lock":
+            unlink(path, dir_fd=dir_fd)
+            return
+        place = Path("" if dir_fd is None else f"/proc/self/fd/{dir_fd}", path).resolve()
+        inode = place.stat().st_ino
+        hidden[inode] = place.rename(place.with_name(".nfs0000a1"))
+
+    def close_as_nfs(descriptor: int) -> None:
+        place = hidden.pop(os.fstat(descriptor).st_ino, None)
+        close(descriptor)
+        if place is not None:
+            unlink(place)
+
+    stopped(monkeypatch, data, output, 0, "segments")
+    monkeypatch.setattr(os, "unlink", unlink_as_nfs)
+    monkeypatch.setattr(os, "close", close_as_nfs)
+    data.write_text("other text")
+    assert main(["--data", str(data), "--output", str(output), *SAME, "--overwrite"]) == 0
+    assert list((tmp_path / "shared").iterdir()) == []
+    assert not (output / "preparing").exists()
 
 
 def test_a_note_about_other_directories_is_not_followed(tmp_path: Path, foreign: Path) -> None:
@@ -180,11 +295,12 @@ def test_a_note_about_other_directories_is_not_followed(tmp_path: Path, foreign:
     mine = tmp_path / scratch_name("0" * 32, output)
     mine.symlink_to(foreign)
     other = tmp_path / scratch_name("0" * 32, tmp_path / "another")
-    open_directory(other)
+    opened(other)
     note = output / "preparing" / "scratch.json"
     for content in (f'["{foreign}", "{mine}", "{other}", 5]', "{}", "broken", "5"):
         note.write_text(content)
-        assert remove_scratch(output) == ([mine] if "other" in content else [])
+        left = [each.split(",")[0] for each in remove_scratch(output)]
+        assert left == ([f"{mine} is a link"] if content[0] == "[" else [])
     assert files(foreign) == before
     assert other.is_dir()
 

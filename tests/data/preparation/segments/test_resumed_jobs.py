@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from segment_stores import Stops, by_many, by_one, files, stopped
+from segment_stores import Stops, by_many, by_one, files, stopped, watched
 
 from consyn_jax.data.preparation.build import Preparation
 from consyn_jax.data.preparation.journal import Journal
@@ -47,8 +47,7 @@ def test_bad_rows_stop_and_may_be_skipped_then(
     with pytest.raises(UserError) as one:
         by_one(corpus, tmp_path / "one", on_bad_rows="error")
     assert str(many.value) == str(one.value)
-    tasks = Stops(10_000)
-    monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
+    tasks = watched(monkeypatch)
     assert by_many(corpus, tmp_path / "many") == by_one(corpus, tmp_path / "one")
     assert min(tasks.ran["segments"]) > 0
 
@@ -65,30 +64,96 @@ def test_another_command_takes_over(corpus: Path, tmp_path: Path, monkeypatch: A
     assert by_one(corpus, tmp_path / "many") == expected
 
 
+def stopped_in_shards(
+    monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path, after: int
+) -> tuple[Path, Path, dict[str, bytes]]:
+    """Stop many writers after so many shards; return the data, the output, and one writer's store."""
+    path, output = corpus / "c.jsonl", tmp_path / "many"
+    stopped(monkeypatch, path, output, after, "shards")
+    return path, output, by_one(path, tmp_path / "one")
+
+
 def test_shards_that_are_gone_are_made_again(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, output = corpus / "c.jsonl", tmp_path / "many"
-    expected = by_one(path, tmp_path / "one")
-    stopped(monkeypatch, path, output, 3, "shards")
+    path, output, expected = stopped_in_shards(monkeypatch, corpus, tmp_path, 3)
     (output / "train-00000.tokens").unlink()
     with (output / "train-00001.index").open("ab") as file:
         file.truncate(8)
-    tasks = Stops(10_000)
-    monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
+    tasks = watched(monkeypatch)
     assert by_many(path, output) == expected
     assert tasks.ran["shards"][:2] == [0, 1]
     assert 2 not in tasks.ran["shards"]
     assert tasks.ran.keys() == {"shards"}
 
 
+def test_a_kill_while_a_result_is_forgotten_leaves_no_half_of_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output, expected = stopped_in_shards(monkeypatch, corpus, tmp_path, 1)
+    (output / "train-00000.tokens").unlink()
+    rmtree = shutil.rmtree
+
+    def killed(place: Path, **more: Any) -> None:
+        if (result := Path(place) / "result.json").exists():
+            result.unlink()
+            raise KeyboardInterrupt
+        rmtree(place, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            by_many(path, output)
+    assert list((tmp_path / "shared").glob("*/*/shards/0000000")) == []
+    assert by_many(path, output) == expected
+
+
+def test_damaged_results_are_made_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output, expected = stopped_in_shards(monkeypatch, corpus, tmp_path, 3)
+    wanted = {"segments": [0, 1, 2], "kept": [1, 2, 3], "shards": [0, 1]}
+    for phase, numbers in wanted.items():
+        for number, content in zip(numbers, ("", "{}", "{"), strict=False):
+            (result,) = (tmp_path / "shared").glob(f"*/*/{phase}/{number:07d}/result.json")
+            result.write_text(content) if content else result.unlink()
+    tasks = watched(monkeypatch)
+    assert by_many(path, output) == expected
+    assert {phase: tasks.ran[phase][: len(numbers)] for phase, numbers in wanted.items()} == wanted
+    assert tasks.ran.keys() == wanted.keys()
+    assert 2 not in tasks.ran["shards"]
+
+
+def test_damaged_beginnings_of_segments_are_found_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output, expected = stopped_in_shards(monkeypatch, corpus, tmp_path, 0)
+    (starts,) = (tmp_path / "shared").glob("*/*/starts.json")
+    starts.write_text("{")
+    (cut,) = (tmp_path / "shared").glob("*/*/cuts/0000000/result.json")
+    cut.write_text("{}")
+    tasks = watched(monkeypatch)
+    assert by_many(path, output) == expected
+    assert tasks.ran.keys() == {"cuts", "shards"}
+
+
+def test_a_refused_command_keeps_the_shards(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output, expected = stopped_in_shards(monkeypatch, corpus, tmp_path, 2)
+    with pytest.raises(UserError, match="--on_bad_rows skip"):
+        by_many(path, output, on_bad_rows="error")
+    tasks = watched(monkeypatch)
+    assert by_many(path, output) == expected
+    assert tasks.ran.keys() == {"shards"}
+    assert tasks.ran["shards"][0] == 2
+
+
 def test_shards_that_one_writer_wrote_again_are_not_taken_up(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be killed when they have their sizes, but not yet their content, on the disk."""
-    path, output = corpus / "c.jsonl", tmp_path / "many"
-    expected = by_one(path, tmp_path / "one")
-    stopped(monkeypatch, path, output, 2, "shards")
+    path, output, expected = stopped_in_shards(monkeypatch, corpus, tmp_path, 2)
     shards = {shard: shard.stat().st_size for shard in output.glob("*-0*.*")}
     assert len(shards) >= 6
 
@@ -101,8 +166,7 @@ def test_shards_that_one_writer_wrote_again_are_not_taken_up(
         patch.setattr(Preparation, "run", killed)
         with pytest.raises(KeyboardInterrupt):
             by_one(path, output)
-    tasks = Stops(10_000)
-    monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
+    tasks = watched(monkeypatch)
     assert by_many(path, output) == expected
     assert tasks.ran.keys() == {"shards"}
     assert tasks.ran["shards"][0] == 0
@@ -114,8 +178,7 @@ def test_another_working_directory_goes_on(
     path = corpus / "c.jsonl"
     stopped(monkeypatch, path, tmp_path / "many", 1, "kept")
     monkeypatch.chdir(corpus)
-    tasks = Stops(10_000)
-    monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
+    tasks = watched(monkeypatch)
     assert by_many(path, tmp_path / "many") == by_one(path, tmp_path / "one")
     assert tasks.ran.keys() == {"kept", "shards"}
     assert 0 not in tasks.ran["kept"]
@@ -126,8 +189,7 @@ def test_stricter_rules_are_refused_at_the_start(
 ) -> None:
     path = corpus / "c.jsonl"
     stopped(monkeypatch, path, tmp_path / "many", 0, "kept")
-    tasks = Stops(10_000)
-    monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
+    tasks = watched(monkeypatch)
     with pytest.raises(UserError, match=r"c\.jsonl:6 holds a number.*--on_bad_rows skip"):
         by_many(path, tmp_path / "many", on_bad_rows="error")
     assert tasks.ran == {}
@@ -174,8 +236,7 @@ def test_a_full_disk_at_the_end_keeps_the_segments(
         patch.setattr(store_writer, "write_whole", full)
         with pytest.raises(UserError, match="No space left"):
             by_many(path, tmp_path / "many")
-    tasks = Stops(10_000)
-    monkeypatch.setattr(engines, "TasksHere", lambda: tasks)
+    tasks = watched(monkeypatch)
     assert by_many(path, tmp_path / "many") == by_one(path, tmp_path / "one")
     assert tasks.ran == {}
 
@@ -186,6 +247,19 @@ def test_nothing_is_kept_of_data_without_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no text in"):
         by_many(path, tmp_path / "many")
     assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_segments_are_removed_with_a_store_that_one_writer_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    stopped(monkeypatch, path, tmp_path / "many", 0, "kept")
+    monkeypatch.setattr(Preparation, "_fault", lambda self, key: "The files changed.")
+    with pytest.raises(UserError, match=r"^The files changed\.$"):
+        by_one(path, tmp_path / "many")
+    assert list((tmp_path / "shared").iterdir()) == []
+    assert not (tmp_path / "many").exists()
 
 
 @pytest.mark.parametrize(

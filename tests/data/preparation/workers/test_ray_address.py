@@ -7,14 +7,16 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
 
+from consyn_jax.cli.prepare import _header
 from consyn_jax.data.preparation.workers import ray_address
 from consyn_jax.data.preparation.workers.ray_address import check_address, named_address
 from consyn_jax.errors import UserError
+from consyn_jax.prepare_config import EngineOptions, PrepareConfig
 
 # The settings that a GCS of Ray 2.60 sends.
 SETTINGS = b"\x00\x00\x18\x04\x00\x00\x00\x00\x00" + bytes(24)
@@ -28,7 +30,8 @@ class Server:
         self._answer, self._listener = answer, socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
         while True:
@@ -46,6 +49,7 @@ class Server:
     def close(self) -> None:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # ends `accept`
+        self._thread.join()  # it may just have accepted a connection
         for each in (self._listener, *self._open):
             each.close()
 
@@ -91,14 +95,30 @@ def test_a_head_node_is_accepted(server: Server) -> None:
     check_address("--ray_address", server.address)
 
 
-@pytest.mark.parametrize("server", [WEB], indirect=True)
-def test_auto_is_checked_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's record of the last cluster outlives a head node that was killed."""
+def set_record(monkeypatch: pytest.MonkeyPatch, record: Callable[[str], str]) -> None:
+    """Let Ray read its record of the last cluster with this function."""
     services = types.ModuleType("ray._private.services")
-    services.canonicalize_bootstrap_address = lambda _: server.address  # type: ignore[attr-defined]
+    services.canonicalize_bootstrap_address = record  # type: ignore[attr-defined]
     for name in ("ray", "ray._private"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, services.__name__, services)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])
+def test_a_record_that_ray_cannot_read_is_left_to_ray(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fails(address: str) -> str:
+        raise error("Invalid address format")
+
+    set_record(monkeypatch, fails)
+    check_address("--ray_address", "auto")
+
+
+@pytest.mark.parametrize("server", [WEB], indirect=True)
+def test_auto_is_checked_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's record of the last cluster outlives a head node that was killed."""
+    set_record(monkeypatch, lambda _: server.address)
     with pytest.raises(UserError, match=r"--ray_address auto, which is 127.* by Ray's own record"):
         check_address("--ray_address", "auto")
     server.close()
@@ -124,6 +144,11 @@ def test_the_variable_replaces_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "node1:6379")
     assert named_address("auto") == ("RAY_ADDRESS", "node1:6379")
     assert named_address("node2:6379") == ("--ray_address", "node2:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert named_address("auto") == ("RAY_ADDRESS", "")
+    assert ("workers", "tasks of Ray on this machine") in _header(
+        PrepareConfig(workers=EngineOptions(engine="ray"))
+    )
 
 
 STUCK = """
@@ -156,5 +181,5 @@ def test_a_signal_ends_a_command_that_waits_for_ray(held_s: str, place: str) -> 
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "Run the same command again to continue." in said
+    assert "Run the same command again without --overwrite to continue." in said
     assert time.monotonic() - began < 50

@@ -384,7 +384,7 @@ def test_invalid_text_is_named(tmp_path: Path) -> None:
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
-    with pytest.raises(UserError, match=r"data\.parquet has more than one column 'text'"):
+    with pytest.raises(UserError, match=r"data\.parquet has several columns named 'text'"):
         read(as_parquet(tmp_path, table))
 
 

@@ -118,13 +118,13 @@ def test_a_separator_that_separates_nothing_is_named(tmp_path: Path) -> None:
     """Also why: line ends of another system."""
     (tmp_path / "a.txt").write_bytes(b"one\r\n---\r\ntwo\r\n")
     (tmp_path / "b.txt").write_bytes(b"one\n--\ntwo\n")
-    a, b, gone = (str(tmp_path / name) for name in ("a.txt", "b.txt", "gone.txt"))
+    a, b, gone = sources(tmp_path, "a.txt", "b.txt", "gone.txt")
     begins = "--document_separator $'\\n---\\n' separates no documents in "
-    assert unused_separator([b], "\n---\n") == f"{begins}{b}"
-    assert unused_separator([gone], "\n---\n") == f"{begins}{gone}"
+    assert unused_separator([b], "\n---\n") == f"{begins}{b.name}"
+    assert unused_separator([gone], "\n---\n") == f"{begins}{gone.name}"
     assert unused_separator([b, a], "\n---\n") == (
-        f"{begins}{b}, {a}. Lines end with CRLF in {a}, so write the separator as "
+        f"{begins}{b.name}, {a.name}. Lines end with CRLF in {a.name}, so write the separator as "
         "$'\\r\\n---\\r\\n' there."
     )
     quoted = unused_separator([a], "it's\t\\\r\n")
-    assert quoted == rf"--document_separator $'it\'s\t\\\r\n' separates no documents in {a}"
+    assert quoted == rf"--document_separator $'it\'s\t\\\r\n' separates no documents in {a.name}"
