@@ -178,7 +178,7 @@ def test_evaluation_has_no_regularisation(alone: dict[str, float]) -> None:
 
 
 def test_evaluation_is_compiled_for_the_mesh_of_training() -> None:
-    """Without it, activations are not sharded, and kernels and long rows run whole on each device."""
+    """Without it, activations are not sharded, and each device computes whole kernels and rows."""
     sizes = dict.fromkeys(AXES, 1) | {"fsdp": 2, "context": 2, "tensor": 2}
     mesh = build_mesh(sizes, jax.devices()[:8])
     program = Program(CONFIG, Compute(), optax.sgd(1.0), 0.0, mesh, RegularisationOptions())
