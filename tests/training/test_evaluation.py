@@ -12,9 +12,9 @@ from consyn_jax.data.loader import evaluation_batches
 from consyn_jax.data.packing import PackedDataset
 from consyn_jax.data.store.shards import MemoryShard
 from consyn_jax.data.store.store_split import StoreSplit
-from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
+from consyn_jax.distributed.mesh import AXES, build_mesh, mesh_sizes, sharding
 from consyn_jax.errors import UserError
-from consyn_jax.model.parameters import layout
+from consyn_jax.model.parameters import Params, layout
 from consyn_jax.model.transformer import Compute
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.evaluation import evaluate
@@ -175,3 +175,18 @@ def test_the_mesh_has_no_effect(axes: dict[str, int], alone: dict[str, float]) -
 
 def test_evaluation_has_no_regularisation(alone: dict[str, float]) -> None:
     assert metrics(1, dropout=0.5, label_smoothing=0.1, z_loss=0.1) == alone
+
+
+def test_evaluation_is_compiled_for_the_mesh_of_training() -> None:
+    """Without it, activations are not sharded, and each device computes whole kernels and rows."""
+    sizes = dict.fromkeys(AXES, 1) | {"fsdp": 2, "context": 2, "tensor": 2}
+    mesh = build_mesh(sizes, jax.devices()[:8])
+    program = Program(CONFIG, Compute(), optax.sgd(1.0), 0.0, mesh, RegularisationOptions())
+    seen = []
+
+    def forward(params: Params, batch: Any) -> jax.Array:
+        seen.append(mesh_sizes())
+        return jnp.zeros(())
+
+    program.lower_forward(forward, program.batch_like((4, 16), EVAL_AXES))
+    assert seen == [sizes]

@@ -156,6 +156,13 @@ def test_scales_are_left_out_where_the_precision_has_none(checkpoints: Checkpoin
     jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
 
 
+def test_scales_that_are_left_out_are_read_where_the_step_is() -> None:
+    """Without a place, Orbax asks for the devices of the run that saved them."""
+    like = program(fp8=False, fsdp=2).state_like
+    stored = restoring._stored_scales(program().state_like.scales, like)
+    assert [leaf.sharding for leaf in stored] == [like.step.sharding]
+
+
 @pytest.mark.slow
 def test_a_nonfinite_step_keeps_the_scales(trained: TrainState) -> None:
     """The activations of the blocks are finite, so the step alone would change their scales."""

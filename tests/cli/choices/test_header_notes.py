@@ -147,3 +147,26 @@ def test_a_token_store_is_answered_with_advice_that_works_with_it(tmp_path: Path
         "give --validation PATH or a larger"
         in made(texts, validation_fraction=0)[0]["validation"][0]
     )
+
+
+def test_pairs_are_counted_with_what_long_ones_lose(tmp_path: Path) -> None:
+    pair = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    rows = [pair] * 30 + [pair | {"chosen": "so " * 40}]
+    lines, _ = made(
+        write(tmp_path / "pairs.jsonl", *rows), objective="dpo", validation_fraction=0.0
+    )
+    assert lines["pairs"][0].startswith("31; a row is a pair: two sequences of up to 32 tokens")
+    assert lines["long pairs"][0].startswith("1 with a sequence of more than 32 tokens: truncated")
+
+
+def test_a_mixture_has_the_weight_of_each_item(tmp_path: Path) -> None:
+    files = []
+    for name, text in (("a", "one "), ("b", "two ")):
+        files.append(tmp_path / f"{name}.txt")
+        files[-1].write_text(text * 2000)
+    given = {"model": "haiku", "tokenizer": "bytes", "max_tokens": 32, "data_weights": [1, 3]}
+    given |= {"data": list(map(str, files)), "validation_fraction": 0.1}
+    with training_data(resolve(given), BYTES, None) as found:
+        for mixed in (found.training, found.validation):
+            assert list(mixed.sources) == given["data"]
+            assert list(mixed.weights) == [1, 3]

@@ -159,3 +159,16 @@ def test_other_processes_change_nothing(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     holds_run(replace(config, saving=replace(config.saving, overwrite=True)), write=False)
     assert (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_a_run_on_other_data_is_refused_before_anything_is_fetched(
+    write: bool, tmp_path: Path
+) -> None:
+    begin(tmp_path)
+    fetched: list[Path] = []
+    with pytest.raises(UserError, match="holds another run: the training data changed"):
+        open_run_directory(
+            run(tmp_path)[0], DERIVED | {"data": "xyz"}, write=write, fetch=fetched.append
+        )
+    assert fetched == []

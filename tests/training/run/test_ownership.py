@@ -1,5 +1,6 @@
 """A run is told from any other run, and a start of it from any other start."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from consyn_jax.training.checkpointing.ownership import (
     check_owner,
     check_step,
     record_in,
+    short,
 )
 from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.run.directory import RunDirectory
@@ -141,9 +143,15 @@ def test_a_run_whose_directory_another_start_has_taken_writes_nothing_more(
     else:
         with pytest.raises(UserError):
             log.write(2, 20)
-    with pytest.raises(UserError, match=r"another|started the run again") as caught:
+    with pytest.raises(UserError) as caught:
         first.raise_if_lost()
+    theirs, own = short(second.record.run), short(first.record.run)
     assert str(path) in str(caught.value)
+    assert (
+        "which has started the run again"
+        if theirs == own
+        else f"(with identity {theirs}; this run has identity {own})"
+    ) in str(caught.value)
     with pytest.raises(UserError):
         first.check()
     log.close()
@@ -165,6 +173,22 @@ def test_without_another_start_a_removed_lock_or_run_json_is_made_again(tmp_path
         directory.beat()
         directory.check()
         assert (tmp_path / name).exists()
+    directory.close()
+
+
+def test_a_heartbeat_goes_on_when_a_disk_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next write reports it."""
+    directory = opened(tmp_path)
+
+    def check(self: RunDirectory) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "check", check)
+        directory.beat()
+    directory.check()
     directory.close()
 
 
