@@ -140,7 +140,7 @@ class OptimizerOptions:
     )
     lr: float | None = flag(
         None,
-        "peak learning rate (from --model; multiplied by "
+        "peak learning rate (default: that of --model, times "
         f"{_each(lambda rule: rule.factors.get('lr'))})",
         aliases=("learning_rate",),
         math=True,
@@ -165,8 +165,8 @@ class OptimizerOptions:
     base_head_dim: int = flag(32, "width of an attention head of mup's base model", math=True)
     weight_decay: float | None = flag(
         None,
-        "decoupled weight decay of matrices, not of norms and biases (from --model; multiplied "
-        f"by {_each(lambda rule: rule.factors.get('weight_decay'))})",
+        "decoupled weight decay of matrices, not of norms and biases (default: that of --model, "
+        f"times {_each(lambda rule: rule.factors.get('weight_decay'))})",
         math=True,
     )
     beta1: float = flag(

@@ -208,8 +208,8 @@ class WholeDocuments(PackedSequences):
         if len(long) and self.on_long == "error":
             raise UserError(
                 f"A row has {int(lengths[long[0]]):,} tokens, more than the {size:,} tokens of a "
-                "sequence, and --on_long_rows is error. Raise --max_tokens, or give --on_long_rows "
-                "truncate or drop."
+                "sequence, which --on_long_rows error forbids. Raise --max_tokens, or give "
+                "--on_long_rows truncate or drop."
             )
         self.num_long += len(long)
         if self.on_long == CONTINUE:

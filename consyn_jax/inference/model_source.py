@@ -228,6 +228,6 @@ def on_mesh(form: Layout, mesh: Mesh | None, dtype: Any) -> Params:
 def _check_size(where: Path, config: ModelConfig, tokenizer: BPETokenizer | None) -> None:
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where} has a tokenizer of {tokenizer.vocab_size:,} tokens, but a vocabulary of "
+            f"The tokenizer in {where} has {tokenizer.vocab_size:,} tokens, but the model has only "
             f"{config.vocab_size:,}. The tokenizer belongs to another model; replace it."
         )

@@ -1,1 +1,1 @@
-"""Requests with known answers: read them, score given answers, and judge generated answers."""
+"""Requests with known answers: score a request's choices, and judge answers of the model."""

@@ -66,7 +66,8 @@ def check_machine(
     If the user did not choose the model, the run must also finish within a day.
 
     Raises:
-        UserError: the run does not fit; the message suggests flags with which it does.
+        UserError: the run needs too much memory or time. The message suggests flags that help, or
+            a smaller model or a GPU.
     """
     is_unknown = config.data.max_tokens is None  # the rows decide it, and they are not read yet
     if is_unknown or _has_accelerator() or config.hardware.distributed:

@@ -72,7 +72,7 @@ def record_end(
     except OSError as error:
         raise UserError(
             f"{directory / 'metrics.jsonl'} cannot be written: {error.strerror}. Once that is "
-            "fixed, the same command repeats the end of the run."
+            "fixed, the same command continues after the last step."
         ) from error
 
 

@@ -57,7 +57,9 @@ class LiveReport:
         path, step = directory.path / SAMPLES, recorder.progress.step
         samples, fault = read_samples(path)
         if fault:
-            recorder.console.warn(f"{path} {fault}, so samples of earlier starts are not shown.")
+            recorder.console.warn(
+                f"{path} {fault}, so report.html does not show texts that were sampled before."
+            )
         self.samples = [line for line in samples if line["step"] <= step]
 
     @property

@@ -170,7 +170,9 @@ def test_damaged_samples_are_said_and_left_out(
     report, _, _, said = opened()
     assert report.samples == []
     (warning,) = said.warnings
-    assert warning.endswith("samples.jsonl is damaged, so samples of earlier starts are not shown.")
+    assert warning.endswith(
+        "samples.jsonl is damaged, so report.html does not show texts that were sampled before."
+    )
 
 
 def test_samples_take_a_share_of_the_time(opened: Opened) -> None:

@@ -1,16 +1,16 @@
-"""The directory of a job inside --shared_directory; files of others in it are never touched.
+"""The directory of a job inside --shared_directory; other people's files are never touched.
 
 Other users may be able to write to --shared_directory, and the directory's name is predictable. So
 it may already exist, as another user's directory or as a link to somebody's files. Ours belongs to
 one user (mode 0700), because what it contains becomes part of the store. All processes of the
 preparation run as this user.
 
-The unfinished store has a note with the paths of its directories. A command without
-`--shared_directory`, or with other data, may finish the store or delete it with `--overwrite`, and
-could not find them by their names.
+The unfinished store has a note with the paths of these directories. A later command has to remove
+them when it finishes the store, or deletes it with `--overwrite`. Without the note it could not
+find them if it has no `--shared_directory`, or other data.
 
 While a command uses the directory, it holds a lock in it. Otherwise two commands on different hosts
-would share the directory if each has an output of its own under the same path.
+would share the directory if each writes to a local disk under the same path.
 """
 
 from __future__ import annotations
