@@ -56,7 +56,7 @@ examples:
 
 Defaults are in brackets. If a flag is given twice, the last one counts; a flag
 of several values gets the values of both.
-Run the same command again, without --overwrite, to continue a run that was stopped.
+To continue a stopped run, run the same command again without --overwrite.
 Exit codes: 0 done, 2 wrong input, 3 diverged, 4 differs from a run's record,
 75 interrupted and saved, 76 another process died, hangs or did not start,
 130 and 143 interrupted with nothing to save."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from consyn_jax.cli.arguments import build_parser, read
@@ -86,7 +87,8 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
     if config.ladder.ladder is not None:
         settings = largest_size(varied, config.ladder.ladder)
     check_backends(run, origins)
-    with prepared_run(settings, lambda _: _check_study(config, varied)) as prepared:
+    check = partial(_check_study, config, varied)
+    with prepared_run(settings, lambda _: check(), is_study=not is_ladder) as prepared:
         from consyn_jax.tuning.ladder.ladder_run import Ladder
         from consyn_jax.tuning.study_run import Tuning
 

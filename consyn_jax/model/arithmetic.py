@@ -15,6 +15,7 @@ LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float3
 # Memory of logits and head weights on a GPU: 1 GiB, or 5 % of the GPU's memory if that is more.
 HEAD_BYTES = 2**30
 HEAD_SHARE = 0.05
+MOST_LOGITS = 2**31 - 1  # in a chunk; kernels count elements in 32 bits
 MOST_TOKENS = 8192  # largest chunk; more would speed up the loss's matmuls by less than 1 %
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
 CPU_UNROLLED_LAYERS = 12  # deeper models run their blocks in a loop
@@ -215,7 +216,7 @@ def logits_at_once(
     """
     room = max(HEAD_BYTES, int(HEAD_SHARE * gpu_bytes)) - head_bytes
     most = max(MOST_TOKENS * words, HEAD_BYTES // bytes_each)
-    return max(LOGITS_AT_ONCE, min(most, room // bytes_each))
+    return max(LOGITS_AT_ONCE, min(most, room // bytes_each, MOST_LOGITS))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:

@@ -222,7 +222,9 @@ class Tuning:
             )
             if not is_refused or begun:
                 raise UserError(f"Trial {claim.number}: {error}") from error
-            facts = {OUTCOME: FAILED, FAILURE: str(error)}
+            # The advice about memory is for a run that can go on.
+            fact = f"{error.fact}." if isinstance(error, OutOfMemory) else str(error)
+            facts = {OUTCOME: FAILED, FAILURE: fact}
             end_trial(self.study, claim, path, None, facts)
             return FAILED
 

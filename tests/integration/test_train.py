@@ -5,7 +5,9 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -271,9 +273,9 @@ class TestOverwrite:
     @pytest.mark.parametrize(
         ("function", "flags", "again"),
         [
-            ("loop.write_beginning", ["--overwrite"], "again without --overwrite."),
-            ("loop.write_beginning", [], "again."),
-            ("open_run.open_run_directory", ["--overwrite"], "again."),
+            ("loop.write_beginning", ["--overwrite"], "again without --overwrite"),
+            ("loop.write_beginning", [], "again"),
+            ("open_run.open_run_directory", ["--overwrite"], "again"),
         ],
     )
     def test_advice_leaves_it_out_once_the_old_run_is_deleted(
@@ -286,12 +288,15 @@ class TestOverwrite:
         flags: list[str],
         again: str,
     ) -> None:
-        def fails(*_: object, **__: object) -> None:
-            raise UserError("The disk is full. Free space, and run the same command again.")
-
-        monkeypatch.setattr(f"consyn_jax.training.{function}", fails)
-        run = here(tmp_path / "run", *TINY, "--data", corpus, *flags)
-        assert (run.code, run.said.splitlines()[-1].rpartition("command ")[2]) == (2, again)
+        errors: list[Exception] = [
+            UserError("The disk is full. Free space, and run the same command again, soon."),
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory."),
+        ]
+        for error in errors:
+            monkeypatch.setattr(f"consyn_jax.training.{function}", Mock(side_effect=error))
+            run = here(tmp_path / "run", *TINY, "--data", corpus, *flags)
+            assert run.code == 2
+            assert run.said.splitlines()[-1].rpartition("same command ")[2].startswith(f"{again}, ")
 
     @pytest.mark.slow
     def test_the_run_goes_and_what_is_not_of_it_stays(

@@ -264,6 +264,7 @@ def faults(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Faults:
     return Faults(monkeypatch, [*given, "--sampler", "random"])
 
 
+@pytest.mark.slow
 def test_a_trial_whose_values_are_refused_fails_and_the_study_goes_on(
     faults: Faults, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -486,3 +487,15 @@ def test_a_signal_saves_the_trial_and_the_same_command_goes_on(
     assert again.wait(600) == 0, again.said
     assert trials(output) == {0: "COMPLETE"}
     assert "resume" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_first_batch_that_the_devices_do_not_divide_fails_its_trial_only(
+    faults: Faults, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    faults.search, output = "batch_size=12,8", tmp_path / "study"
+    at = faults.start.index("--batch_size")
+    del faults.start[at : at + 2]
+    assert faults.tune(output, "--mesh", "fsdp=8", "--sampler", "grid") == 0
+    assert "12 " in capfd.readouterr().err
+    assert sorted(trials(output).values()) == ["COMPLETE", "PRUNED"]

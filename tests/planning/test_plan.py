@@ -302,6 +302,11 @@ def test_logits_in_bf16_take_a_third_of_the_memory() -> None:
     )
     assert narrow > 2 * wide
     assert narrow * 2 + head <= 2**30
+    # Kernels count the elements of a chunk in 32 bits.
+    head, h200 = 2 * 300_032 * 768, DESCRIBED["h200"].memory_bytes
+    most = logits_at_once(head, logit_bytes(2), words=300_032, gpu_bytes=h200)
+    assert most == 2**31 - 1
+    assert chunk_tokens(65_536, 300_032, most) * 300_032 < 2**31
 
 
 def test_the_command_prints_the_page_and_can_read_the_recipe_it_writes(

@@ -468,6 +468,7 @@ def test_the_metric_chooses_the_best_model(model: ConsynLMHeadModel, tmp_path: P
     assert [line["step"] for line in lines if line.get("event") == "best"] == wanted
 
 
+@pytest.mark.slow
 def test_budgets_lengths_and_batches_count_as_they_say(
     model: ConsynLMHeadModel, tmp_path: Path
 ) -> None:

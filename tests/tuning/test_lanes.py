@@ -108,6 +108,7 @@ def side_by_side(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[i
     return path, [lane_of[number] for number in range(len(TRIALS))], compiled
 
 
+@pytest.mark.slow
 def test_a_lane_is_refilled_without_compiling(
     side_by_side: tuple[Path, list[int], set[int]],
 ) -> None:

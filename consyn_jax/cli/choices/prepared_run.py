@@ -83,7 +83,7 @@ class PreparedRun:
 
 @contextmanager
 def prepared_run(
-    settings: Settings, check_directory: Callable[[RunConfig], None]
+    settings: Settings, check_directory: Callable[[RunConfig], None], *, is_study: bool = False
 ) -> Iterator[PreparedRun]:
     """Check all input, then prepare the data for use in a `with` block.
 
@@ -92,6 +92,8 @@ def prepared_run(
     Args:
         check_directory: function that checks `--output`; called after the checks of the flags and
             before the checks of the data.
+        is_study: whether the run is the first trial of a study. Its mesh and batch are then not
+            checked, because other trials may fit the devices.
     """
     config, origins = settings
     choice = choose_model(config.model)
@@ -103,7 +105,8 @@ def prepared_run(
     tokenizer = choose_tokenizer(config, choice, is_store)
     context = context_of(config, choice.base)
     check_machine(*shortest((config, origins), context), choice, tokenizer)
-    _check_devices(config)
+    if not is_study:
+        _check_devices(config)
     with training_data((config, origins), tokenizer, context) as data:
         made_by = data.tokenizer
         check_store(made_by, choice, config)

@@ -41,7 +41,15 @@ class StepTooLarge(UserError):
 
 
 class OutOfMemory(UserError):
-    """A device ran out of memory while a program ran; other programs may use the device."""
+    """A device ran out of memory while a program ran; other programs may use the device.
+
+    Args:
+        fact: what happened, without full stop.
+    """
+
+    def __init__(self, fact: str, advice: str = "") -> None:
+        super().__init__(f"{fact}; {advice}" if advice else fact)
+        self.fact = fact
 
 
 def step_memory(compiled: Compiled) -> Memory:
@@ -156,9 +164,9 @@ def explain_out_of_memory(
             raise
         reason = brief(error)
         raise OutOfMemory(
-            f"A device ran out of its {_gib(device_bytes())} of memory ({reason}); saved "
-            "checkpoints are intact. Stop other programs on the device, or run the same command "
-            f"again, with {smaller}."
+            f"A device ran out of its {_gib(device_bytes())} of memory ({reason})",
+            "saved checkpoints are intact. Stop other programs on the device, or run the same "
+            f"command again, with {smaller}.",
         ) from error
 
 

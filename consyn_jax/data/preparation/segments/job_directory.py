@@ -221,10 +221,9 @@ def remove_scratch(output: Path) -> list[str]:
                 f"{refused.fact}. Segments of this store that may be there are not needed any more."
             )
         except OSError as error:
-            advice = "" if error.errno == errno.ENOTEMPTY else " Delete it."  # else taken meanwhile
             left.append(
                 f"{root} may have segments of this store, which are not needed any more, and "
-                f"cannot be deleted from here ({error.strerror or error}).{advice}"
+                f"cannot be deleted from here ({error.strerror or error}). Delete it."
             )
     return left
 
@@ -249,7 +248,12 @@ def _remove(root: Path) -> None:
         (root / LOCK).unlink()  # last, because a command that finds none makes a new one
     finally:
         os.close(lock)
-    root.rmdir()  # after `close`: NFS keeps an open file in its directory under a hidden name
+    try:
+        root.rmdir()  # after `close`: NFS keeps an open file in its directory under a hidden name
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY or not (root / LOCK).exists():
+            raise
+        raise _InUse(f"{root} is in use by another command", "Wait for it.") from error
 
 
 def _noted(output: Path) -> list[Path]:
