@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
 SMALL = ["--hidden_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_kv_heads", "2"]
 SMALL += ["--head_dim", "16", "--mlp_dim", "64"]
-SHORT = ["--max_steps", "3", "--max_tokens", "64", "--batch_size", "8", "--warmup_steps", "1"]
+SHORT = ["--max_steps", "5", "--max_tokens", "64", "--batch_size", "8", "--warmup_steps", "1"]
 SHORT += ["--gradient_accumulation_steps", "1", "--save_steps", "1", "--keep_last", "5", "--quiet"]
 STAND_INS = {"Qwen/Qwen3-0.6B": "qwen3", "gpt2/tokenizer.json": "qwen3/tokenizer.json"}
 STAND_INS |= {"120": "2", "20:24": "2:3", "epic-64xh200": "epic-64xh200"}
