@@ -8,8 +8,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 
 LONGEST_MESSAGE = 1600  # characters
@@ -22,7 +21,7 @@ REPEAT_S = 2.0
 TOO_LONG = f"a number of more than {sys.get_int_max_str_digits():,} digits"  # for Python
 # End of a message about a stopped run, for cases in which there may be no checkpoint.
 CONTINUES = "continues from the last checkpoint, or from the beginning if there is none"
-# `keeping_what_is_saved` adds "without --overwrite" to it.
+# `advised` adds "without --overwrite" to it.
 AGAIN = "run the same command again"
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"
 
@@ -95,22 +94,27 @@ class ProcessMissing(RuntimeError):
 
 # Advice to continue with the same command, and not to begin anew with it.
 _CONTINUES = re.compile("the same command(?: again)?(?! again| without| starts| to start)", re.I)
+_overwrite_is_done = False
 
 
-@contextmanager
-def keeping_what_is_saved(overwrite: bool) -> Iterator[None]:
-    """Add "without --overwrite" to errors that advise the same command, if it has that flag.
+def leave_out_overwrite(is_done: bool = True) -> None:
+    """Let `advised` add "without --overwrite"; for after the flag has deleted what was there.
 
-    For what is done after the flag has deleted what was there before: if the flag is given again,
-    it deletes what has been saved since.
+    If the flag is given again, it deletes what has been saved since.
     """
-    try:
-        yield
-    except (UserError, Diverged, Interrupted, ProcessMissing) as known:
-        if overwrite:
-            said = _CONTINUES.sub(r"\g<0> without --overwrite", str(known))
-            known.args = (said, *known.args[1:])
-        raise
+    global _overwrite_is_done
+    _overwrite_is_done = is_done
+
+
+def advised(message: str) -> str:
+    """The message as a command prints it: its advice must not delete what has been saved.
+
+    >>> leave_out_overwrite()
+    >>> advised("The disk is full. Free space, and run the same command again.")
+    'The disk is full. Free space, and run the same command again without --overwrite.'
+    >>> leave_out_overwrite(False)
+    """
+    return _CONTINUES.sub(r"\g<0> without --overwrite", message) if _overwrite_is_done else message
 
 
 class Repeats:

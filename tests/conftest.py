@@ -31,6 +31,8 @@ import pytest
 from compared_packages import COMPARED_WITH, OTHERS
 from hypothesis import settings
 
+from consyn_jax.errors import leave_out_overwrite
+
 # Compiled in 0.6 of the time: XLA's older code generator for the CPU, in one piece a program.
 # JAX 0.11 and later do not have it, and XLA ends a process for a flag that it does not know.
 USERS_FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -106,6 +108,12 @@ def shared_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return DATA
+
+
+@pytest.fixture(autouse=True)
+def own_advice() -> None:
+    """No test is told what an --overwrite of another test has deleted."""
+    leave_out_overwrite(False)
 
 
 @pytest.fixture(autouse=True)

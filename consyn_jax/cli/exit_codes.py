@@ -22,6 +22,8 @@ from consyn_jax.errors import (
     Repeats,
     Unsaved,
     UserError,
+    advised,
+    leave_out_overwrite,
     remedy,
     unsaved,
     visible,
@@ -58,6 +60,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         SIGTERM, a closed terminal or Slurm's warning.
     """
     escape_unprintable()
+    leave_out_overwrite(False)  # an earlier command of this process may have had it
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
     try:
         return _outcome(prog, work)
@@ -70,7 +73,7 @@ def _outcome(prog: str, work: Callable[[], None]) -> int:
         with _unwinding_on_sigterm():
             work()
     except KNOWN as known:
-        _say(f"{prog}: {known}")
+        _say(f"{prog}: {advised(str(known))}")
         return next(code for kind, code in EXIT_CODES.items() if isinstance(known, kind))
     except BrokenPipeError:
         if not _reader_is_gone():

@@ -6,8 +6,8 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from consyn_jax.cli.choices.training_data import by_name, left_out_files, notice
 from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.progress_bar import Bar
 from consyn_jax.cli.text_encoding import start_in_utf8
-from consyn_jax.errors import Interrupted, UserError, counted, keeping_what_is_saved, listed
+from consyn_jax.errors import Interrupted, UserError, counted, leave_out_overwrite, listed
 from consyn_jax.prepare_config import CorpusOptions, PrepareConfig
 from consyn_jax.resolve import resolve_preparation
 
@@ -115,7 +115,7 @@ def make(config: PrepareConfig) -> None:
     ):
         for text in left:
             console.warn(text)
-        with _saying_how_to_continue(config, output):
+        try:
             prepared = prepare(
                 config.data,
                 output=output,
@@ -123,6 +123,8 @@ def make(config: PrepareConfig) -> None:
                 progress=bar,
                 engine=config.workers,
             )
+        except KeyboardInterrupt as stopped:
+            raise Interrupted(_interruption(output)) from stopped
         bar.close()
         for text in prepared.scratch:
             console.warn(text)
@@ -135,21 +137,11 @@ def make(config: PrepareConfig) -> None:
         )
 
 
-@contextmanager
-def _saying_how_to_continue(config: PrepareConfig, output: Path) -> Iterator[None]:
-    """Turn an interruption into an error, and add to messages that `--overwrite` deletes work."""
-    try:
-        with keeping_what_is_saved(config.store.overwrite):
-            yield
-    except KeyboardInterrupt as stopped:
-        raise Interrupted(_interruption(config, output)) from stopped
-
-
-def _interruption(config: PrepareConfig, output: Path) -> str:
+def _interruption(output: Path) -> str:
     if not output.exists():
         return "interrupted before anything was written. Run the same command again."
-    same = "the same command without --overwrite" if config.store.overwrite else "the same command"
-    return f"interrupted; finished work is kept in {output}. Run {same} again to continue."
+    kept = f"interrupted; finished work is kept in {output}."
+    return f"{kept} Run the same command again to continue."
 
 
 def _check_outside(used: Iterable[tuple[str, str]], path: Path) -> None:
@@ -197,7 +189,9 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[str]:
             f"--output {path} contains {listed(strangers)}, which is not part of a token store. "
             "Move it elsewhere, because --overwrite would delete it."
         )
-    return _delete_locked(path, data) if entries else []
+    left = _delete_locked(path, data) if entries else []
+    leave_out_overwrite()
+    return left
 
 
 def _delete_locked(path: Path, options: CorpusOptions) -> list[str]:

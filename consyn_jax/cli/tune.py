@@ -13,7 +13,6 @@ from consyn_jax.cli.choices.prepared_run import prepared_run
 from consyn_jax.cli.exit_codes import exit_code
 from consyn_jax.cli.text_encoding import start_in_utf8
 from consyn_jax.config import RunConfig
-from consyn_jax.errors import keeping_what_is_saved
 from consyn_jax.flags import flags, flat, grouped
 from consyn_jax.tuning.tune_options import NOT_HERE, TuneConfig, largest_size, resolve_tuning
 from consyn_jax.tuning.varied_run import VariedRun
@@ -94,9 +93,7 @@ def tune(config: TuneConfig, origins: dict[str, str]) -> None:
 
         varied = varied.with_data(settings[0], prepared.settings)
         study = Ladder if is_ladder else Tuning
-        tuning = study(config, varied, prepared.settings, prepared.trainer_inputs)
-        with keeping_what_is_saved(config.saving.overwrite):
-            tuning.run()
+        study(config, varied, prepared.settings, prepared.trainer_inputs).run()
 
 
 def _check_study(config: TuneConfig, varied: VariedRun) -> None:

@@ -24,9 +24,9 @@ import jax
 from consyn_jax.config import RunConfig
 from consyn_jax.distributed.cluster import Place, find_cluster
 from consyn_jax.distributed.process_group import (
+    CONTINUE_ADVICE,
     LOST,
     ProcessGroup,
-    continue_advice,
     set_current_process_group,
 )
 from consyn_jax.distributed.rendezvous import meet
@@ -166,7 +166,7 @@ def _answer_signal(process_group: ProcessGroup, received: str, repeats: Repeats)
     elif place == "second":
         why = f"A second signal ({received}) ended this process before the end of the run."
         try:
-            process_group.fail(LOST, f"{why} {continue_advice()}")
+            process_group.fail(LOST, f"{why} {CONTINUE_ADVICE}")
         finally:  # also if a third signal comes
             _end_at_once(128 + signal.Signals[received])
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from consyn_jax.errors import CONTINUES, visible
+from consyn_jax.errors import CONTINUES, advised, visible
 
 BEAT_S = 2.0  # between two heartbeats
 LOST_S = 40.0  # a process without a heartbeat for this long counts as dead
@@ -109,25 +109,6 @@ def set_current_process_group(process_group: ProcessGroup | None) -> None:
     """Set the result of `current_process_group`; called by `launch.runtime`."""
     global _current
     _current = process_group
-
-
-_deleted_by_overwrite = False
-
-
-def leave_out_overwrite() -> None:
-    """Add "without --overwrite" to `continue_advice`; called once the flag has deleted the old run.
-
-    Given again, the flag would delete the new run.
-    """
-    global _deleted_by_overwrite
-    _deleted_by_overwrite = True
-
-
-def continue_advice() -> str:
-    """Say how to continue a run that has lost a process or makes no progress."""
-    if _deleted_by_overwrite:
-        return f"The same command without --overwrite {CONTINUES}."
-    return CONTINUE_ADVICE
 
 
 class ProcessGroup:
@@ -229,7 +210,7 @@ class ProcessGroup:
             self.await_end(2 * PARTING_S)
             self.before_end(True)
             silence = f"No progress, and {self.names[0]} does not answer."
-            self._exit(LOST, f"{silence} {continue_advice()}")
+            self._exit(LOST, f"{silence} {CONTINUE_ADVICE}")
         else:
             self._end_stuck()
             self.await_end(LOST_S)  # the run was already ending for another reason
@@ -287,7 +268,7 @@ class ProcessGroup:
     def _exit(self, code: int, sentence: str) -> None:
         with suppress(OSError, ValueError):  # the output may be closed
             sys.stdout.flush()
-            os.write(2, f"\n{self.prog}: {visible(sentence)}\n".encode())
+            os.write(2, f"\n{self.prog}: {visible(advised(sentence))}\n".encode())
         if "SLURM_STEP_ID" in os.environ:
             time.sleep(OUTPUT_S)
         os._exit(code)
@@ -350,7 +331,7 @@ class ProcessGroup:
                 self._end_all(LOST, self._lost(number, silence), origin=number)
 
     def _lost(self, number: int, what: str) -> str:
-        return f"{self.names[number]} {what}, so the run ends. {continue_advice()}"
+        return f"{self.names[number]} {what}, so the run ends. {CONTINUE_ADVICE}"
 
     def _collect(self, number: int, gather: int, text: str) -> None:
         """In process 0, store a process's text; after the last text, send all texts to everyone."""

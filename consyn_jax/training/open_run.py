@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from consyn_jax.config import RunConfig
 from consyn_jax.distributed.launch import refuse_differences
 from consyn_jax.distributed.process_group import current_process_group, gather
-from consyn_jax.errors import Interrupted, keeping_what_is_saved, settled
+from consyn_jax.errors import Interrupted, settled
 from consyn_jax.flags import flat
 from consyn_jax.model.parameters import Params
 from consyn_jax.tokenization import BPETokenizer
@@ -315,7 +315,6 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     directory = open_run_directory(
         inputs.run, inputs.derived, write=writes, fetch=fetch, is_trial=inputs.is_trial
     )
-    stack.enter_context(keeping_what_is_saved(saving.overwrite))
     stack.callback(directory.close)
     path, minutes = directory.path, inputs.run.hardware.watchdog_minutes
     watchdog = stack.enter_context(Watchdog(path, minutes, current_process_group(), directory.beat))

@@ -305,7 +305,7 @@ class ConsynTrainer:
         makers = user_makers(self.run.logging, self.origins, self._callbacks)
         training: Training | None = None
         try:
-            with run_resources(self.run) as stack, explain_out_of_memory():
+            with explain_out_of_memory(), run_resources(self.run) as stack:
                 training = Training(replace(self.run_inputs(), callbacks=makers), stack)
                 outcome = training.run()
         except (Diverged, Interrupted, UserError, KeyboardInterrupt):

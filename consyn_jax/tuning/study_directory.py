@@ -7,8 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from consyn_jax.config import RunConfig
-from consyn_jax.distributed.process_group import leave_out_overwrite
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, leave_out_overwrite
 from consyn_jax.files import remove
 from consyn_jax.flags import flat
 from consyn_jax.training.logging.metrics import FILE_NAME

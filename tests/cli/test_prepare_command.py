@@ -353,11 +353,11 @@ class TestSignals:
 
         monkeypatch.setattr("consyn_jax.data.preparation.cached_store.prepare", stopped)
         assert main([*TINY, "--data", "rows.jsonl", *flags]) == 75
-        same = "the same command without --overwrite" if flags else "the same command"
+        again = "again without --overwrite" if flags else "again"
         assert (
             capfd.readouterr().err
-            == f"consyn-prepare: interrupted; finished work is kept in tokens. Run {same} again to "
-            "continue.\n"
+            == f"consyn-prepare: interrupted; finished work is kept in tokens. Run the same "
+            f"command {again} to continue.\n"
         )
 
     def test_a_stop_before_the_first_document(

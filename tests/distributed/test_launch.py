@@ -358,7 +358,6 @@ def test_a_second_signal_while_process_0_uploads_ends_all_processes(
     monkeypatch.setattr(launch, "settled", settle)
     monkeypatch.setattr(launch, "_end_at_once", end)
     monkeypatch.setattr(launch, "set_current_process_group", lambda none: None)
-    monkeypatch.setattr(launch, "continue_advice", lambda: CONTINUE_ADVICE)
     monkeypatch.setattr(launch.jax.distributed, "shutdown", lambda: None)
     with ThreadPoolExecutor(1) as threads:
         sent = threads.submit(send)

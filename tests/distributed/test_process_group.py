@@ -42,6 +42,7 @@ def test_processes_gather_texts_and_receive_notes(three: list[ProcessGroup]) -> 
 PROCESS = """
 import os, signal, sys, time
 import consyn_jax.distributed.process_group as p
+from consyn_jax.errors import leave_out_overwrite
 from consyn_jax.distributed.cluster import Place
 from consyn_jax.distributed.rendezvous import meet
 port, count, number, deed = *map(int, sys.argv[1:4]), sys.argv[4]
@@ -53,7 +54,7 @@ def before_end(stuck):
     print(("stuck, alone" if alone else "stuck") if stuck else "ended", flush=True)
 group.before_end = before_end
 group.progress = {"step": number}
-if sys.argv[5] == "overwritten": p.leave_out_overwrite()
+if sys.argv[5] == "overwritten": leave_out_overwrite()
 group.gather("")
 time.sleep(0.5)
 match deed:

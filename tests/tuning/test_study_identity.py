@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from consyn_jax.config_file import DERIVED, describe
-from consyn_jax.distributed import process_group
-from consyn_jax.errors import UserError
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE
+from consyn_jax.errors import UserError, advised
 from consyn_jax.resolve import resolve
 from consyn_jax.training.run import opening
 from consyn_jax.tuning.ladder.ladder_run import delete_ladder
@@ -52,12 +52,11 @@ def files(output: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("delete", [delete_study, delete_ladder])
 def test_once_the_old_trials_are_deleted_the_watchdog_does_not_advise_to_overwrite(
-    delete: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    delete: Callable[[Path], None], tmp_path: Path
 ) -> None:
     """Runs of a study have no --overwrite of their own."""
-    monkeypatch.setattr(process_group, "_deleted_by_overwrite", False)
     delete(tmp_path)
-    assert "without --overwrite" in process_group.continue_advice()
+    assert "without --overwrite" in advised(CONTINUE_ADVICE)
 
 
 def test_a_study_goes_on_with_its_own_trials(tmp_path: Path) -> None:

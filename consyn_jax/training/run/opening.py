@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.config import RunConfig
-from consyn_jax.distributed.process_group import (
-    ProcessGroup,
-    current_process_group,
-    leave_out_overwrite,
-)
-from consyn_jax.errors import UserError
+from consyn_jax.distributed.process_group import ProcessGroup, current_process_group
+from consyn_jax.errors import UserError, leave_out_overwrite
 from consyn_jax.files import make_directory, restore_replaced
 from consyn_jax.integers import natural
 from consyn_jax.training.checkpointing.checkpoint_files import misnamed, saved_steps

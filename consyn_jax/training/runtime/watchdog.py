@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from consyn_jax.distributed.process_group import LOST, ProcessGroup, continue_advice
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE, LOST, ProcessGroup
+from consyn_jax.errors import advised
 from consyn_jax.files import open_regular, write_whole
 
 STEP_TIMES = 20  # allowed time without progress, in median step times
@@ -126,7 +127,8 @@ class Watchdog:
         self._write_stacks()
         sys.stdout.flush()
         where = f"the run is {self._phase} at step {self._step:,}"
-        os.write(2, f"\nconsyn-train: {self._sentence()}: {where}. {self._hint()}\n".encode())
+        text = advised(f"consyn-train: {self._sentence()}: {where}. {self._hint()}")
+        os.write(2, f"\n{text}\n".encode())
         os._exit(LOST)
 
     def _sentence(self) -> str:
@@ -134,7 +136,7 @@ class Watchdog:
         return f"No progress for {self._still_s:.0f} s{usual}"
 
     def _hint(self) -> str:
-        return f"The stack traces are in {self._directory}. {continue_advice()}"
+        return f"The stack traces are in {self._directory}. {CONTINUE_ADVICE}"
 
     def _compare(self, everyone: list[dict[str, Any]]) -> str:
         """Describe the processes that all others wait for; called in process 0."""

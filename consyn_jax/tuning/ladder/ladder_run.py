@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from consyn_jax.config import RunConfig
-from consyn_jax.distributed.process_group import leave_out_overwrite
-from consyn_jax.errors import UserError
+from consyn_jax.errors import UserError, leave_out_overwrite
 from consyn_jax.files import make_directory, remove, write_whole
 from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.prepare_config import HOLD_OUT

@@ -746,6 +746,7 @@ def test_the_command_that_uploads_the_rest_deletes_nothing(
     own = dataclasses.replace(config, saving=dataclasses.replace(config.saving, **flags))
     running = Mirrored(own, directory, come)
     hanging.set()
+    checkpoint(directory, 10)  # the thread may have uploaded all that was there before
     with pytest.raises(Interrupted) as stopped:
         running.mirror.close(is_complete=True)
     said = f"To upload the rest, run {command} again on this machine."
@@ -764,6 +765,7 @@ def test_a_signal_ends_the_wait(
     dropped: list[int] = []
     running = Mirrored(config, directory, come)
     hanging.set()
+    checkpoint(directory, 10)  # the thread may have uploaded all that was there before
     began = time.monotonic()
     rest = f"not all files of {directory.path} are there (newest complete checkpoint there: none). "
     if is_complete:

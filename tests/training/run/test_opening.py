@@ -7,9 +7,8 @@ from unittest.mock import Mock
 import pytest
 from run_directories import DERIVED, begin, holds_run, run
 
-from consyn_jax.distributed import process_group
-from consyn_jax.distributed.process_group import CONTINUE_ADVICE, ProcessGroup, continue_advice
-from consyn_jax.errors import UserError
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE, ProcessGroup
+from consyn_jax.errors import UserError, advised, leave_out_overwrite
 from consyn_jax.training.run import opening
 from consyn_jax.training.run.lock import read_holder
 from consyn_jax.training.run.opening import open_run_directory
@@ -66,21 +65,22 @@ def test_once_the_old_run_is_deleted_no_process_advises_to_overwrite(
     begin(tmp_path)
     config, _ = run(tmp_path, overwrite=overwrite)
     advice: list[str] = []
-    monkeypatch.setattr(process_group, "_deleted_by_overwrite", False)
-    first = open_run_directory(config, DERIVED, fetch=lambda path: advice.append(continue_advice()))
-    advice.append(continue_advice())
+    first = open_run_directory(
+        config, DERIVED, fetch=lambda path: advice.append(advised(CONTINUE_ADVICE))
+    )
+    advice.append(advised(CONTINUE_ADVICE))
 
     message = json.dumps([first.holds_run, read_holder(tmp_path), asdict(first.record)])
 
     def gather(own: str) -> list[str]:
-        advice.append(continue_advice())
+        advice.append(advised(CONTINUE_ADVICE))
         return [message, own]
 
-    monkeypatch.setattr(process_group, "_deleted_by_overwrite", False)
+    leave_out_overwrite(False)  # for another process
     other = Mock(spec=ProcessGroup, gather=gather)
     monkeypatch.setattr(opening, "current_process_group", lambda: other)
     open_run_directory(config, DERIVED, write=False).close()
-    advice.append(continue_advice())
+    advice.append(advised(CONTINUE_ADVICE))
     first.close()
     without = CONTINUE_ADVICE.replace("command", "command without --overwrite")
     assert advice == [CONTINUE_ADVICE, without if overwrite else CONTINUE_ADVICE] * 2

@@ -5,12 +5,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
-from consyn_jax.distributed import process_group
-from consyn_jax.distributed.process_group import CONTINUE_ADVICE, LOST, ProcessGroup
+from consyn_jax.distributed.process_group import CONTINUE_ADVICE, LOST
 from consyn_jax.training.runtime import watchdog as module
 from consyn_jax.training.runtime.watchdog import (
     COMPILING,
@@ -70,23 +68,14 @@ def test_stragglers() -> None:
     assert stragglers([{"step": 0, "phase": STEPPING}, {}]) == [1]  # it has not begun
 
 
-def test_the_advice_leaves_out_overwrite_once_it_has_deleted_the_old_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(process_group, "_deleted_by_overwrite", False)
-    group = Mock(spec=ProcessGroup, process_id=0, names=["process 0", "process 1"])
-    with Watchdog(tmp_path, 1.0, group):
-        assert group.describe([{}, {}]).endswith(f" {CONTINUE_ADVICE}")
-        process_group.leave_out_overwrite()
-        assert " The same command without --overwrite continues " in group.describe([{}, {}])
-
-
 PROCESS = """
 import sys, threading, time
 from pathlib import Path
 import consyn_jax.training.runtime.watchdog as module
+from consyn_jax.errors import leave_out_overwrite
 from consyn_jax.training.runtime.watchdog import STEPPING, WAITING, Watchdog
 module.POLL_S = 0.2
+leave_out_overwrite()
 beats = []
 with Watchdog(Path(sys.argv[1]), float(sys.argv[2]), beat=lambda: beats.append(1)) as watchdog:
     for step in range(1, 40):
@@ -116,7 +105,7 @@ def test_a_run_without_progress_ends_with_its_stacks(tmp_path: Path) -> None:
     assert output.startswith("\nconsyn-train: No progress for ")
     assert output.endswith(
         f": the run is waiting for data at step 40. The stack traces are in {tmp_path / 'stacks'}."
-        f" {CONTINUE_ADVICE}\n"
+        f" {CONTINUE_ADVICE.replace('command', 'command without --overwrite')}\n"
     )
     stacks = (tmp_path / "stacks" / "rank-0.txt").read_text()
     assert "in stand_still" in stacks

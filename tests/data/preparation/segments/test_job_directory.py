@@ -13,6 +13,7 @@ from segment_stores import RULES, by_many, by_one, files, stopped
 from consyn_jax.cli.prepare import main
 from consyn_jax.data.preparation.cached_store import prepare
 from consyn_jax.data.preparation.segments import job_directory
+from consyn_jax.data.preparation.segments.job import Job
 from consyn_jax.data.preparation.segments.job_directory import (
     check_shared_directory,
     clear,
@@ -130,13 +131,20 @@ def test_only_files_of_a_job_are_removed(tmp_path: Path) -> None:
     assert files(root) == {"lock": b"", "notes.txt": b"mine"}
 
 
-def test_a_directory_serves_one_command_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of two hosts, each with an output of its own under the same path."""
+Killed = tuple[Path, Path, Job]  # the data, the output and the job of a command
+
+
+@pytest.fixture
+def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Killed:
+    """A command that was killed among its segments."""
     data, output = tmp_path / "a.txt", tmp_path / "many"
     data.write_text("some text")
-    job = stopped(monkeypatch, data, output, 0, "segments")
+    return data, output, stopped(monkeypatch, data, output, 0, "segments")
+
+
+def test_a_directory_serves_one_command_at_a_time(killed: Killed) -> None:
+    """As of two hosts, each with an output of its own under the same path."""
+    data, output, job = killed
     lock = open_directory(job.root)
     before, in_use = files(job.root), f"{job.root} is in use by another command, here or on another"
     with pytest.raises(UserError, match=f"{in_use} machine. Wait for it, or give another"):
@@ -179,13 +187,9 @@ def noted(output: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_local_command_removes_the_segments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
+def test_a_local_command_removes_the_segments(killed: Killed, overwrite: bool) -> None:
     """One that finishes the store, and one that overwrites it, also with other data."""
-    data, output = tmp_path / "a.txt", tmp_path / "many"
-    data.write_text("some text")
-    job = stopped(monkeypatch, data, output, 0, "segments")
+    data, output, job = killed
     assert noted(output) == [str(job.root)]
     if overwrite:
         data.write_text("other text")
@@ -197,12 +201,8 @@ def test_a_local_command_removes_the_segments(
     assert not (output / "preparing").exists()
 
 
-def test_another_shared_directory_takes_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, output = tmp_path / "a.txt", tmp_path / "many"
-    data.write_text("some text")
-    job = stopped(monkeypatch, data, output, 0, "segments")
+def test_another_shared_directory_takes_over(killed: Killed, tmp_path: Path) -> None:
+    data, output, job = killed
     rules = CorpusOptions(data=(str(data),), **RULES)
     other = EngineOptions(shared_directory=str(tmp_path / "other"))
     prepare(rules, output=output, test_fraction=0.05, engine=other)
@@ -217,15 +217,10 @@ SAME = (
 
 @pytest.mark.parametrize("flags", [("--overwrite",), SAME])
 def test_segments_that_cannot_be_removed_are_named(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    flags: tuple[str, ...],
+    killed: Killed, capfd: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     """Also with `--quiet`, and without advice to delete what may be a user's."""
-    data, output = tmp_path / "a.txt", tmp_path / "many"
-    data.write_text("some text")
-    job = stopped(monkeypatch, data, output, 0, "segments")
+    data, output, job = killed
     (job.root / "notes.txt").write_text("mine")
     assert main(["--data", str(data), "--output", str(output), "--quiet", *flags]) == 0
     said = capfd.readouterr().err
@@ -236,11 +231,9 @@ def test_segments_that_cannot_be_removed_are_named(
 
 @pytest.mark.parametrize("fails", ["is_dir", "iterdir", "rmdir"])
 def test_storage_that_fails_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+    killed: Killed, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    data, output = tmp_path / "a.txt", tmp_path / "many"
-    data.write_text("some text")
-    job = stopped(monkeypatch, data, output, 0, "segments")
+    data, output, job = killed
     if fails == "is_dir":
         shutil.rmtree(job.root)
 
