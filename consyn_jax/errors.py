@@ -98,16 +98,19 @@ _overwrite_is_done = False
 
 
 def leave_out_overwrite(is_done: bool = True) -> None:
-    """Let `advised` add "without --overwrite"; for after the flag has deleted what was there.
+    """Make `advised` add "without --overwrite", after this flag has deleted what was there.
 
     If the flag is given again, it deletes what has been saved since.
+
+    Args:
+        is_done: False at the beginning of a command.
     """
     global _overwrite_is_done
     _overwrite_is_done = is_done
 
 
 def advised(message: str) -> str:
-    """The message as a command prints it: its advice must not delete what has been saved.
+    """Adapt a message before it is printed, so that its advice deletes nothing that was saved.
 
     >>> leave_out_overwrite()
     >>> advised("The disk is full. Free space, and run the same command again.")

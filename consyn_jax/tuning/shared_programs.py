@@ -139,8 +139,8 @@ def compiled_values(space: Sequence[Dimension], varied: VariedRun) -> tuple[list
     A range is judged by its ends and its middle.
 
     Returns:
-        The flags of which each value has its own program; and, for other flags, the values, with
-        their flag, that do not share the program of most values.
+        Flags of which every value has a program of its own; and, as texts such as "dropout 0",
+        values of other flags that do not share the program of most values.
     """
     first = {dimension.name: dimension.ends[0] for dimension in space}
     flags_, others = list[str](), list[str]()

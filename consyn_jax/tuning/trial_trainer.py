@@ -30,7 +30,7 @@ class ValuesRefused(UserError):
 
 @contextmanager
 def refusing_values() -> Iterator[None]:
-    """Let errors be `ValuesRefused`, except those for want of a file or a package."""
+    """Turn errors into `ValuesRefused`, except errors about a missing file or package."""
     try:
         yield
     except UserError as error:
@@ -48,7 +48,7 @@ def trainer_of_study(
     """Check that this machine can train some trial, and return a trainer for facts of the study.
 
     These facts must not depend on the machine. The trainer is therefore that of the first values
-    with which `make` returns one, also if this machine cannot build its program.
+    that `make` accepts, even if this machine cannot build its program.
 
     Args:
         make: function that returns the trainer of a run.

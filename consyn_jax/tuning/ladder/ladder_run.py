@@ -41,7 +41,7 @@ from consyn_jax.tuning.tune_options import TuneConfig, scaled_run
 from consyn_jax.tuning.varied_run import Settings, VariedRun
 
 PAGE, SIZES, JSON = "ladder.html", RUNGS, LADDER_RECORD
-UNLIKE = 1.6  # ratio of two sizes' proportions from which a note says so
+UNLIKE = 1.6  # a note is printed if the proportions of two sizes differ by more than this factor
 PASSES = 4  # repeated data is nearly as good as new up to here (Muennighoff et al., 2023)
 
 

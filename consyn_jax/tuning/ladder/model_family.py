@@ -15,7 +15,8 @@ from consyn_jax.model_config import ModelConfig
 
 MLP_MULTIPLE = 16  # feed-forward widths are multiples of this
 # Weight of the error in log(size), relative to log(width / depth). A curve through sizes of
-# different proportions is not smooth: more layers bring less than as many parameters in width.
+# different proportions is not smooth: parameters in more layers lower the loss less than
+# parameters in more width.
 SIZE_WEIGHT = 2.0
 SHRINKAGE = 2  # ratio of parameters between neighbouring sizes of a ladder
 TARGETS = ("verse", "stanza", "epic")  # presets whose losses a ladder predicts

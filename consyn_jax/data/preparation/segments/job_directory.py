@@ -70,7 +70,7 @@ class _Unusable(UserError):
 
 
 class _InUse(_Unusable):
-    """A directory of segments that another command has locked, which needs them."""
+    """A directory of segments that another command has locked and still needs."""
 
 
 def open_directory(root: Path) -> int:

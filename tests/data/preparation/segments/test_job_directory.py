@@ -233,7 +233,7 @@ def test_segments_that_cannot_be_removed_are_named(
 def test_storage_that_fails_is_named(
     killed: Killed, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    data, output, job = killed
+    _, output, job = killed
     if fails == "is_dir":
         shutil.rmtree(job.root)
 
