@@ -125,6 +125,24 @@ def test_many_writers_on_two_nodes_make_the_local_store(
     assert list((tmp_path / "shared").iterdir()) == []
 
 
+def kill_workers(nodes: Nodes, process: "subprocess.Popen[str]") -> int:
+    """Kill the workers of a preparation that waits for a line; return their number.
+
+    Ray may just have ended the idle ones. Then the preparation goes on, which starts others.
+    """
+    workers = nodes.workers()
+    if not workers:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    while not workers and process.poll() is None:
+        workers = nodes.workers()
+    for pid in workers:
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(pid, signal.SIGKILL)
+    return len(workers)
+
+
 @pytest.mark.parametrize("writers", ["one", "many"])
 @pytest.mark.parametrize("victim", ["worker", "raylet", "driver"])
 def test_whatever_is_killed_the_bytes_are_the_same(
@@ -148,11 +166,7 @@ def test_whatever_is_killed_the_bytes_are_the_same(
             assert not (output / "manifest.json").exists()
             process = driver(corpus, output, nodes, shared=shared)
         elif victim == "worker":
-            workers = nodes.workers()
-            killed = len(workers)
-            for pid in workers:
-                with suppress(ProcessLookupError):  # Ray ends idle ones
-                    os.kill(pid, signal.SIGKILL)
+            killed = kill_workers(nodes, process)
         else:
             nodes.kill(nodes.newest)
         assert killed
