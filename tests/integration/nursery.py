@@ -101,7 +101,7 @@ launch.meet = and_then
 """
 
 SOURCE = r"""
-import importlib, json, os, sys, types
+import gc, importlib, json, os, sys, types
 import jax
 import jax._src.cache_key, jax._src.compiler
 import consyn_jax.distributed.launch, consyn_jax.model.pretrained.weights, consyn_jax.training.trainer, consyn_jax.training.runtime.watchdog
@@ -109,7 +109,7 @@ import consyn_jax.data.preparation.cached_store, consyn_jax.model.causal_lm, saf
 import orbax.checkpoint, matplotlib.backends.backend_agg, matplotlib.figure, PIL.Image
 PIL.Image.init()
 import consyn_jax.cli.train, consyn_jax.training.run.ending
-consyn_jax.training.run.ending.SAMPLE_TOKENS = 10
+consyn_jax.training.run.ending.sample = lambda *_: "A sample that no model generated."
 
 # Compiled programs are shared between processes, and between different numbers of them: the program is the same, and what JAX adds to its
 # key on CPUs, and not on GPUs, are the devices. JAX writes to its cache in process 0 only.
@@ -127,6 +127,10 @@ def child(order):
     command = importlib.import_module("consyn_jax.cli." + order["command"])
     exec(order["before"], {})
     sys.exit(command.main(order["argv"]))
+
+# Children do not search all that is imported for unused cycles.
+gc.collect()
+gc.freeze()
 
 print("ready", flush=True)
 for line in sys.stdin:

@@ -7,9 +7,12 @@ cannot run here is listed with the test that covers it.
 
 import csv
 import dataclasses
+import fcntl
 import gzip
 import io
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -129,31 +132,43 @@ def write_inputs(here: Path) -> None:
 
 @pytest.fixture(scope="module")
 def world(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Inputs, and runs that pages speak of without training them."""
-    here, patch = tmp_path_factory.mktemp("documented") / "world", pytest.MonkeyPatch()
+    """Inputs, and runs that pages speak of without training them: one for all workers of pytest."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        with (place / "documented.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (place / "documented.made").exists():
+                make_world(place / "documented")
+                (place / "documented.made").touch()
+        yield place / "documented"
+
+
+def make_world(here: Path) -> None:
+    shutil.rmtree(here, ignore_errors=True)  # of a worker that failed
     here.mkdir()
     write_inputs(here)
-    patch.chdir(here)
-    patch.setenv("WANDB_MODE", "offline")
-    patch.setenv("WANDB_SILENT", "true")
-    patch.setattr(ending, "SAMPLE_TOKENS", 10)
     from consyn_jax.cli import prepare, train
 
     def run(command: Any, *words: str) -> None:
         assert command.main(list(words)) == 0, words
 
-    run(prepare, "--data", "corpus", "--tokenizer", "bytes", "--output", "tokens")
-    plain = ["--logging_backend", "none", *SHORT]
-    run(train, "--data", "tokens", "--output", "runs/verse", *SMALL, *plain)
-    tuned = ["--checkpoint", "qwen3", "--data", "chats.jsonl", *plain]
-    run(train, *tuned, "--output", "runs/support")
-    run(train, *tuned, "--lora_rank", "16", "--output", "runs/adapter")
-    for name in ("notes", "stanza", "a", "b"):
-        shutil.copytree("runs/verse", f"runs/{name}")
-    shutil.copytree("runs/support", "runs/chat")
-    shutil.copytree("runs/verse", "output")
-    yield here
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(ending, "sample", lambda *_: "A sample that no model generated.")
+        run(prepare, "--data", "corpus", "--tokenizer", "bytes", "--output", "tokens")
+        plain = ["--logging_backend", "none", *SHORT]
+        run(train, "--data", "tokens", "--output", "runs/verse", *SMALL, *plain)
+        tuned = ["--checkpoint", "qwen3", "--data", "chats.jsonl", *plain]
+        run(train, *tuned, "--output", "runs/support")
+        run(train, *tuned, "--lora_rank", "16", "--output", "runs/adapter")
+        for name in ("notes", "stanza", "a", "b"):
+            shutil.copytree("runs/verse", f"runs/{name}")
+        shutil.copytree("runs/support", "runs/chat")
+        shutil.copytree("runs/verse", "output")
 
 
 def is_elsewhere(command: Command) -> bool:
@@ -167,6 +182,8 @@ def reduced(command: Command, number: int) -> list[str]:
     words = filled_in(tuple(words), flags(RunConfig)) if command.name == "consyn-train" else words
     if command.name == "consyn-generate":
         return [*words, "--max_tokens", "4"]
+    if command.name == "consyn-prepare" and "--num_workers" not in words:
+        return [*words, "--num_workers", "0"]
     if command.name == "consyn-doctor":
         return [*words, "--quick"]
     if command.name == "consyn-report":
@@ -253,7 +270,8 @@ def run_python(block: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(ConsynTrainer, "__init__", short)
         patch.setattr(ConsynLMHeadModel, "from_config", lambda _: small_model(build))
-        exec(compile(block.replace("/path/to/data", "corpus"), "a page", "exec"), names)
+        small = re.sub(r"\b(256|512)\b", "64", block.replace("/path/to/data", "corpus"))
+        exec(compile(small, "a page", "exec"), names)
 
 
 def small_model(build: Callable[[ModelConfig], Any], vocab_size: int = 49_152) -> Any:
