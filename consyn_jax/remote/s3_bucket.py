@@ -149,10 +149,10 @@ class S3Bucket:
 
 
 class _Progress(BaseSubscriber):
-    """Adds up the bytes that the threads of an upload send; those of a retried part count once.
+    """Adds up the bytes that the threads of an upload send; bytes that are sent again count once.
 
     Attributes:
-        error: the exception of `sent`; it ends the upload. None if there was none.
+        error: the exception that `sent` raised, which ends the upload; None if it raised none.
     """
 
     def __init__(self, sent: Sent) -> None:

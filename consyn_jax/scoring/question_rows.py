@@ -147,7 +147,7 @@ def taken(metric: str, text: str) -> str:
 
 
 def is_right(metric: str, asked: Question, text: str) -> bool:
-    """Whether a generated text is correct by a metric."""
+    """Whether a generated text is correct according to a metric."""
     if metric == "exact_match":
         return text.strip() in {answer.strip() for answer in asked.answers}
     return taken(metric, text) in {bare(answer).strip() for answer in asked.answers}
