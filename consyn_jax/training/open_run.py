@@ -278,7 +278,7 @@ def _enter(activities: ActivityClock, console: Console, phase: str) -> None:
 
 @contextmanager
 def run_resources(run: RunConfig) -> Iterator[ExitStack]:
-    """Return a context with the stack that closes the resources of a run.
+    """Close the resources of a run at the end of a `with` block, which adds them to a stack.
 
     Args:
         run: Configuration of the run, for messages.

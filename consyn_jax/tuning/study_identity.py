@@ -183,7 +183,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def public_url(storage: str | None) -> str:
-    """The URL of a storage without user, password and query, for files and messages; "" for None.
+    """Remove user, password and query from a storage's URL, for files and messages; "" for None.
 
     If there is an @ after the first question mark, only the scheme is kept, because it is unclear
     which part is secret.

@@ -81,7 +81,7 @@ class Prompts(NamedTuple):
         slot_P: Index of the slot to fill.
         index_P, limit_P, long_P: As in `Slots`.
         prompt_P: Index of the prompt, for the row's random key.
-        sequence_P: Index of the continuation among those of the prompt, for the row's random key.
+        sequence_P: Index of this continuation of the prompt, for the row's random key.
     """
 
     ids_PT: Any
