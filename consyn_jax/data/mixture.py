@@ -93,7 +93,7 @@ class Mixture:
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """Return the source of each position in a cycle, and the position's rank in its source.
+        """Return the source and the rank of each position in a cycle.
 
         The rank is the number of earlier positions in the cycle with the same source.
         """

@@ -61,7 +61,7 @@ def question(row: dict[str, Any], place: str) -> Question:
     if ("prompt" in row) == ("messages" in row):
         raise BadRow("has both prompt and messages; give only one of them.")
     if ("answer" in row) == ("answers" in row):
-        what = "both answer and answers" if "answer" in row else "a prompt without answer"
+        what = "both answer and answers" if "answer" in row else "a prompt without an answer"
         raise BadRow(f"has {what}; give the right text under 'answer', or several in 'answers'.")
     given = [row["answer"]] if "answer" in row else row["answers"]
     if not isinstance(given, list) or not given:

@@ -128,7 +128,7 @@ class BPETokenizer:
         """Train a tokenizer on UTF-8 text files. The vocabulary depends only on the text.
 
         Raises:
-            UserError: a file is missing or not UTF-8, or `train_from_iterator` raises the error.
+            UserError: a file is missing or not UTF-8, or `train_from_iterator` refuses an argument.
         """
         paths = [files] if isinstance(files, str | Path) else files
         return cls.train_from_iterator(

@@ -85,8 +85,8 @@ class StudyOptions:
     )
     storage: str | None = flag(
         None,
-        "URL of the database that stores the study; needed if processes on several hosts work "
-        "on one study, and these hosts must also share --output (default: a journal file)",
+        "URL of a database for the study, so that processes on several hosts can work on it "
+        "(default: a journal file in --output); all hosts must share --output",
     )
 
 

@@ -249,7 +249,10 @@ class Profile:
 
 
 def activity(name: str) -> TraceAnnotation:
-    """Return a context manager that names the host's activity in a trace, in a microsecond."""
+    """Return a context manager that names the host's activity in a trace.
+
+    It costs a microsecond.
+    """
     return TraceAnnotation(name)
 
 

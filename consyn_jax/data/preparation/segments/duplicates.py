@@ -7,10 +7,10 @@ A near duplicate resembles an earlier document that is kept, so the decision abo
 depends on earlier decisions. Only documents that share a band key are compared. So documents are
 grouped: two documents are in the same group if a chain of shared keys connects them.
 `NearDuplicates` compares the documents of a group in corpus order, with the same result as for the
-whole corpus. Groups are compared in parallel. Documents that share no key are kept.
+whole corpus. Groups are processed in parallel. Documents that share no key are kept.
 
 If m documents share a key, m - 1 pairs connect them, not m squared. A corpus that was made from a
-template has large groups, and a single task compares all documents of a group.
+template has large groups, and each group is processed by a single task.
 """
 
 from __future__ import annotations
