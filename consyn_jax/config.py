@@ -224,7 +224,7 @@ class HardwareOptions:
         "none",
         "activations to recompute in the backward pass; minimal: all except outputs of matmuls "
         "and attention; attention: all except attention outputs; full, or the bare flag: all; "
-        "offload: as attention, with the saved activations in host memory",
+        "offload: the same as attention, but saved activations are kept in host memory",
         choices=REMAT_POLICIES,
         const="full",
     )

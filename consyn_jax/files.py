@@ -272,7 +272,7 @@ def strays(
     """Find special files, files that are too large, and links that lead out of the directory.
 
     Args:
-        patterns, named: as for `refuse_strays`.
+        patterns, named: the same as in `refuse_strays`.
 
     Yields:
         The path of each such file, and a message about it.
@@ -283,7 +283,7 @@ def strays(
             yield (
                 path,
                 f"{path} is a link to {target}, outside its directory, and is not followed. "
-                "Replace the link by a copy of the file, or give the directory of the link's "
+                "Replace the link with a copy of the file, or give the directory of the link's "
                 "target.",
             )
         elif path != named and path.exists() and not (path.is_file() or path.is_dir()):
@@ -292,7 +292,7 @@ def strays(
             yield (
                 path,
                 f"{path} has {path.stat().st_size:,} bytes, too many for this kind of file. "
-                "Remove it, or replace it by the right file.",
+                "Remove it, or replace it with the right file.",
             )
 
 

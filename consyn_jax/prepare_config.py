@@ -134,7 +134,7 @@ class StoreOptions:
     """The token store and its test split."""
 
     output: str = flag("./tokens", "directory of the token store", aliases=("output_dir",))
-    test_fraction: float = flag(0.0, "share of the documents held out as test split")
+    test_fraction: float = flag(0.0, "share of the documents held out as a test split")
     overwrite: bool = flag(False, "delete the token store in --output and start a new one")
     quiet: bool = flag(False, "show no progress; print only the command that trains on the store")
 

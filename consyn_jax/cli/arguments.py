@@ -253,8 +253,8 @@ def read(
 def parse(parser: _Parser, argv: Sequence[str]) -> dict[str, Any]:
     """Parse a command line into values by flag name.
 
-    Flags may be written with `_` or `-`. If a flag is given twice, the last value counts. For a
-    flag that takes several values, the values of both are joined.
+    Flags may be written with `_` or `-`. If a flag is given twice, the last value counts. A flag
+    that takes several values gets all values that are given.
 
     Raises:
         UserError: an unknown flag, or a flag without its value.

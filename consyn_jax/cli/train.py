@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from consyn_jax.training.trainer import ConsynTrainer
 
 DESCRIPTION = """\
-Train a decoder language model: text in, a model that transformers loads out.
+Train a decoder language model on text; transformers can load the result.
 Without flags: the 124 M parameter model on text that comes with Python."""
 USAGE = "[--config FILE] [--model NAME] [--data PATH] [FLAG ...]"
 MODES = arguments.MODES | {
@@ -54,8 +54,8 @@ examples:
   consyn-train --model verse --data corpus/ --batch_size 16 --output runs/verse
   consyn-train --config runs/verse/config.yaml --lr 3e-4 --output runs/other
 
-Defaults are in brackets. If a flag is given twice, the last one counts; a flag
-of several values gets the values of both.
+Defaults are in brackets. If a flag is given twice, the last one counts. A flag
+that takes several values gets all values that are given.
 To continue a stopped run, run the same command again without --overwrite.
 Exit codes: 0 done, 2 wrong input, 3 diverged, 4 differs from a run's record,
 75 interrupted and saved, 76 another process died, hangs or did not start,

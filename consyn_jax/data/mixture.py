@@ -93,7 +93,10 @@ class Mixture:
         }
 
     def _cycle(self, cycle: int) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]]:
-        """Return the source of each position in a cycle, and how often the source came before."""
+        """Return the source and the rank of each position in a cycle.
+
+        The rank is the number of earlier positions in the cycle with the same source.
+        """
         known = self._last  # read once: another thread may replace it
         if known is None or known[0] != cycle:
             ends = np.cumsum(self.quotas)

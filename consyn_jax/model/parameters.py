@@ -126,9 +126,9 @@ def initial_parameters(
 def _initialiser(
     config: ModelConfig, mesh: Mesh | None, base: BaseShape | None
 ) -> Callable[[np.uint32], Params]:
-    """The compiled function from a seed to initial parameters.
+    """Return the compiled function that makes initial parameters from a seed.
 
-    It is cached, because the trials of a tuning study share it.
+    The function is cached, because the trials of a tuning study share it.
     """
 
     def make(seed: jax.Array) -> Params:

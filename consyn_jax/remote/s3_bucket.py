@@ -1,4 +1,4 @@
-"""Buckets of S3 and of compatible servers, by the library boto3.
+"""Buckets of S3 and of compatible servers, accessed through boto3.
 
 boto3 finds the region, profile, endpoint (`AWS_ENDPOINT_URL`) and credentials.
 """
@@ -35,8 +35,8 @@ from consyn_jax.remote.bucket import (
 from consyn_jax.remote.daemon_threads import DaemonThreads
 
 # With parts of 32 MiB, a file of 300 GB stays below the limit of 10,000 parts. Two threads saturate
-# 1 Gbit/s and leave the other cores to training. They are daemon threads, because those of
-# `upload_fileobj` would keep a process that has ended alive until a server that hangs answers.
+# 1 Gbit/s and leave the other cores to training. They are daemon threads, because the threads of
+# `upload_fileobj` would keep this process alive until a hanging server answers.
 _TRANSFER = TransferConfig(
     multipart_threshold=1 << 25,
     multipart_chunksize=1 << 25,
@@ -149,10 +149,10 @@ class S3Bucket:
 
 
 class _Progress(BaseSubscriber):
-    """Adds up the bytes that the threads of an upload send; those of a retried part count once.
+    """Adds up the bytes that the threads of an upload send; bytes that are sent again count once.
 
     Attributes:
-        error: the exception of `sent`; it ends the upload. None if there was none.
+        error: the exception that `sent` raised, which ends the upload; None if it raised none.
     """
 
     def __init__(self, sent: Sent) -> None:

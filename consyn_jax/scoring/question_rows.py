@@ -61,7 +61,7 @@ def question(row: dict[str, Any], place: str) -> Question:
     if ("prompt" in row) == ("messages" in row):
         raise BadRow("has both prompt and messages; give only one of them.")
     if ("answer" in row) == ("answers" in row):
-        what = "both answer and answers" if "answer" in row else "a prompt without answer"
+        what = "both answer and answers" if "answer" in row else "a prompt without an answer"
         raise BadRow(f"has {what}; give the right text under 'answer', or several in 'answers'.")
     given = [row["answer"]] if "answer" in row else row["answers"]
     if not isinstance(given, list) or not given:
@@ -147,7 +147,7 @@ def taken(metric: str, text: str) -> str:
 
 
 def is_right(metric: str, asked: Question, text: str) -> bool:
-    """Whether a generated text is correct by a metric."""
+    """Whether a generated text is correct according to a metric."""
     if metric == "exact_match":
         return text.strip() in {answer.strip() for answer in asked.answers}
     return taken(metric, text) in {bare(answer).strip() for answer in asked.answers}

@@ -1,4 +1,4 @@
-"""The log-likelihood of each token, and whether it is the likeliest, for all evaluations."""
+"""Score the tokens of an evaluation: log-likelihood, and whether a token is the likeliest."""
 
 from __future__ import annotations
 

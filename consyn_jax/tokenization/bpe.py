@@ -128,7 +128,7 @@ class BPETokenizer:
         """Train a tokenizer on UTF-8 text files. The vocabulary depends only on the text.
 
         Raises:
-            UserError: as for `train_from_iterator`, or a file is missing or not UTF-8.
+            UserError: a file is missing or not UTF-8, or `train_from_iterator` refuses an argument.
         """
         paths = [files] if isinstance(files, str | Path) else files
         return cls.train_from_iterator(
@@ -380,7 +380,7 @@ def load_tokenizer(spec: str | Path) -> BPETokenizer:
     """Load the tokenizer of `--tokenizer`: `default`, `bytes`, a path, a Hub name or a URL.
 
     Raises:
-        UserError: the download fails, or the tokenizer cannot be used, as in `from_file`.
+        UserError: the download fails, or `from_file` cannot load the tokenizer.
     """
     if spec in ("default", "bytes"):
         return BPETokenizer() if spec == "default" else BPETokenizer.bytes()

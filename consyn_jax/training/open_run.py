@@ -278,7 +278,7 @@ def _enter(activities: ActivityClock, console: Console, phase: str) -> None:
 
 @contextmanager
 def run_resources(run: RunConfig) -> Iterator[ExitStack]:
-    """Return a context with the stack that closes the resources of a run.
+    """Yield a stack for the resources of a run, and close them at the end of the `with` block.
 
     Args:
         run: Configuration of the run, for messages.

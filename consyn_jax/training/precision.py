@@ -1,7 +1,7 @@
 """The dtype in which a run computes, and the loss scale that float16 needs.
 
-Weights, their gradients, sums over micro-batches, norms, softmax and loss are always float32. So
-are logits, unless `--logits_dtype` rounds those of training.
+Weights, their gradients, sums over micro-batches, norms, softmax and loss are always float32.
+Logits are float32 in evaluations; in training, `--logits_dtype` sets their dtype.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Program:
         seed: Random seed of dropout.
         max_nonfinite_steps: Number of consecutive non-finite steps after which the state is frozen.
         host_moments: Whether the moments are in host memory (training/optim/offload.py).
-        schedule: Learning-rate schedule, for `learning_rate`; None turns counting of updates off.
+        schedule: Learning-rate schedule, for `learning_rate`; None if updates are not counted.
         lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
             every batch includes the frozen weights as `BASE`.
         base_types: Dtypes of the frozen weights; None without an adapter.

@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 def new_scales(like: tuple[Any, ...]) -> tuple[Float[Array, "L arrays"], ...]:
-    """Create the `scales` of a state that has made no step in fp8.
+    """Create the `scales` of a state before its first step.
 
     Args:
         like: Shape and sharding of each array; empty without fp8.

@@ -43,8 +43,9 @@ _ARGUMENTS = {*_OF_OPTIMIZER, *_OF_TRAINING, "max_grad_norm", "seed", MULTIPLIER
 # The host applies the plateau schedule, so the program does not depend on these settings.
 _OF_HOST = {"plateau_factor", "plateau_patience", "plateau_cooldown", "plateau_threshold"}
 _GROUPS = {"model", "budget", "optimizer", "regularisation", "lora", "hardware"}
-# Flags whose values trials may change without another program. Exceptions: whether momentum and
-# those of `_OF_TRAINING` are 0, whether the schedule is plateau, and which groups have a factor.
+# Flags whose values trials may change without another program. Exceptions: the program depends on
+# whether momentum and the flags of `_OF_TRAINING` are 0, on whether the schedule is plateau, and on
+# which groups have a multiplier.
 FREE_FLAGS = frozenset(SCHEDULE_FLAGS | {"decay_from"} | _ARGUMENTS | _OF_HOST)
 Made = TypeVar("Made")
 
@@ -124,7 +125,7 @@ def constants_of(run: RunConfig) -> Hashable:
 
 
 def flags_of_programs(space: Sequence[Dimension], varied: VariedRun) -> list[Dimension]:
-    """The searched flags whose values are constants of the program, so that each is compiled."""
+    """The searched flags whose values are constants of the compiled program."""
     first, found = {dimension.name: dimension.ends[0] for dimension in space}, []
     for dimension in space:
         runs = (varied.with_values({**first, dimension.name: end})[0] for end in dimension.ends)
@@ -134,13 +135,14 @@ def flags_of_programs(space: Sequence[Dimension], varied: VariedRun) -> list[Dim
 
 
 def compiled_values(space: Sequence[Dimension], varied: VariedRun) -> tuple[list[str], list[str]]:
-    """Find which values of the searched flags need a program of their own.
+    """Find which values of the searched flags need a separate program.
 
-    A range is judged by its ends and its middle.
+    For a range, only the ends and the middle are examined.
 
     Returns:
-        Flags of which every value has a program of its own; and, as texts such as "dropout 0",
-        values of other flags that do not share the program of most values.
+        (flags, values). `flags` are those whose values all need separate programs. For the other
+        flags, `values` are texts such as "dropout 0": a value that cannot use the same program as
+        most values of its flag.
     """
     first = {dimension.name: dimension.ends[0] for dimension in space}
     flags_, others = list[str](), list[str]()

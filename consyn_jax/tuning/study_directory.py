@@ -25,8 +25,8 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Check that a directory is free for a study, or already has one.
 
     Raises:
-        UserError: the directory has a run, is inside a study, or cannot be created; or `overwrite`
-            is True, and another process uses the directory.
+        UserError: the directory contains a run, is inside a study, or cannot be created. With
+            `overwrite`, also if another process uses the directory.
     """
     check_writable(output)
     if (output / CONFIG).exists() or (output / FILE_NAME).exists():
@@ -47,10 +47,10 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def best_directory(output: Path, number: int, run: RunConfig) -> Path:
-    """The directory in which the recipe of the best trial trains.
+    """The directory in which the recipe of the best trial trains, named by the trial's number.
 
-    Usually it is named by the trial's number. If it already has a run with other flags, such as the
-    user's own or one of a deleted study, the name gets a further number.
+    If a run with other flags is there, a second number is added to the name. Such a run may be the
+    user's own, or come from a deleted study.
 
     Args:
         run: the run of the recipe.
@@ -62,7 +62,7 @@ def best_directory(output: Path, number: int, run: RunConfig) -> Path:
 
 
 def _repeats(path: Path, run: RunConfig) -> bool:
-    """Whether a directory has a run that the same flags continue."""
+    """Whether the flags of `run` would continue the run in a directory."""
     with suppress(UserError):  # its config.yaml is damaged
         old, new = read_run_config(path / CONFIG), flat(run)
         is_same_schedule = all(old.get(name) == new[name] for name in SCHEDULE_FLAGS)

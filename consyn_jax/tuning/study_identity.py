@@ -1,7 +1,7 @@
-"""The identity of a study, which its directory, its storage and all its trial directories name.
+"""The identity of a study, recorded in its directory, its storage and all its trial directories.
 
-A trial that was interrupted continues from its directory, and a trial that has ended is read from
-it. Without the identity, the directory of another study's trial would be taken for its result.
+An interrupted trial continues from its directory, and the result of a finished trial is read from
+its directory. The identity prevents a study from using the trial directories of another study.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StudyRecord:
 
 
 def check_study(output: Path, storage: str | None) -> None:
-    """Check, before any slow work, that a directory has nothing of another study.
+    """Check, before any slow work, that a directory contains no files of another study.
 
     Raises:
         UserError: the study uses another storage, or a trial belongs to another study.
@@ -63,7 +63,7 @@ def identify(output: Path, storage: str | None, stored: str | None, has_trials: 
         has_trials: whether the storage has trials of this study.
 
     Raises:
-        UserError: the storage has another study than the directory.
+        UserError: the storage and the directory have different studies.
         OSError: the directory cannot be written.
     """
     check_study(output, storage)
@@ -82,7 +82,7 @@ def identify(output: Path, storage: str | None, stored: str | None, has_trials: 
 
 
 def trial_directories(output: Path) -> list[Path]:
-    """The directories of trials that are not empty, by number."""
+    """The non-empty trial directories, in the order of the trials' numbers."""
     place = output / TRIALS_DIRECTORY
     names = [p for p in place.iterdir() if re.fullmatch(r"\d+", p.name)] if place.is_dir() else []
     found = [path for path in names if path.is_dir() and _is_used(path)]
@@ -90,27 +90,29 @@ def trial_directories(output: Path) -> list[Path]:
 
 
 def check_values(found: Sequence[Path], values: Sequence[Mapping[str, Any]]) -> None:
-    """Check that each directory is of a trial in the storage, with the same values.
+    """Check that each trial directory records the same values as the storage.
 
     Args:
-        found: directories of trials, listed before `values` were read.
+        found: trial directories, listed before `values` were read.
         values: values of each trial in the storage.
 
     Raises:
-        UserError: a directory has no such trial.
+        UserError: the values differ, or a trial is not in the storage.
     """
     for path in found:
         number = int(path.name)
         if number >= len(values):
-            raise UserError(f"{path} is of a trial that the study does not have. {ANEW}")
+            raise UserError(f"{path} belongs to a trial that the study does not have. {ANEW}")
         _compare(path, values[number])
 
 
 def mark_trial(path: Path, study: str, values: Mapping[str, Any]) -> None:
-    """Write the study and the values of a trial to its directory, or compare them.
+    """Record the study and the values of a trial in its directory.
+
+    If the directory has a record already, check that it is the same.
 
     Raises:
-        UserError: the directory belongs to another study or has other values, or cannot be written.
+        UserError: the directory records another study or other values, or cannot be written.
     """
     try:
         if not (path / TRIAL_RECORD).exists() and not (path.is_dir() and _is_used(path)):
@@ -166,7 +168,7 @@ def _record(output: Path) -> StudyRecord | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read one of the two files; empty if there is none."""
+    """Read the record of a study or of a trial; return {} if there is none."""
     try:
         found = json.loads(read_whole(file, LARGEST))
     except (FileNotFoundError, NotADirectoryError):
@@ -181,10 +183,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def public_url(storage: str | None) -> str:
-    """The URL of a storage without user, password and query, for files and messages; "" for None.
+    """Remove user, password and query from a storage's URL, for files and messages; "" for None.
 
-    If there is an @ after the first question mark, what is secret is unclear, and only the scheme
-    is kept.
+    If there is an @ after the first question mark, only the scheme is kept, because it is unclear
+    which part is secret.
 
     >>> public_url("postgresql://me:a/b@db/studies?password=x"), public_url("sqlite:///a@b.db")
     ('postgresql://db/studies', 'sqlite:///a@b.db')

@@ -33,14 +33,14 @@ from consyn_jax.tuning.varied_run import Settings, VariedRun
 SAMPLERS = ("tpe", "random", "qmc", "grid")
 PRUNERS = ("median", "halving", "hyperband", "none")
 AUTO = "auto"
-TRIALS = 20  # of a study without a limit
+TRIALS = 20  # number of trials of a study without a limit
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Flags of training that a study does not support, with the reason.
 NOT_HERE = {
     "streaming": "a study prepares its data once, for all trials",
     **dict.fromkeys(
         ("distributed", "coordinator_address", "num_processes", "process_id", "rendezvous_seconds"),
-        "a trial runs in one process; start consyn-tune several times on one --output",
+        "a trial runs in one process; start consyn-tune several times with the same --output",
     ),
     "decay_from": "a trial starts at step 0",
     "remote": "a study has many runs, but a bucket URL stores only one",
@@ -64,8 +64,9 @@ class StudyOptions:
     )
     trials: int | None = flag(
         None,
-        f"total number of trials of the study, over all its processes and starts ({TRIALS}; "
-        "with --sampler grid, all points; with --time_budget, no limit)",
+        "number of trials in the whole study, including the trials of other processes and of "
+        f"earlier commands ({TRIALS}; with --sampler grid: all points; with --time_budget: no "
+        "limit)",
     )
     time_budget: str | None = flag(
         None,
@@ -84,8 +85,8 @@ class StudyOptions:
     )
     storage: str | None = flag(
         None,
-        "URL of the database that stores the study, for processes on several hosts; all hosts "
-        "must share --output (a journal file in --output)",
+        "URL of a database for the study, so that processes on several hosts can work on it "
+        "(default: a journal file in --output); all hosts must share --output",
     )
 
 
@@ -114,8 +115,8 @@ def resolve_tuning(
 ) -> tuple[TuneConfig, dict[str, str]]:
     """Merge defaults, preset, file and flags, as `resolve.resolve` does for a run.
 
-    In the resulting run, a flag that varies has its first value. With `--ladder`, the result is the
-    base run.
+    The resulting run has the first value of each searched flag. With `--ladder`, it is the base run
+    of the ladder.
 
     Raises:
         UserError: a name is unknown, a value is invalid, or the search space contains an invalid
@@ -184,8 +185,9 @@ def _first_run(run: VariedRun, space: Sequence[Dimension]) -> Settings:
     if of_weights and config.model.checkpoint is not None:
         raise UserError(
             f"--search {of_weights[0]} cannot vary, because all trials start from the weights of "
-            f"{config.model.checkpoint}, which set it. Leave {of_weights[0]} out of --search, or "
-            f"leave --{'checkpoint' if config.model.model in PRESETS else 'model'} out."
+            f"{config.model.checkpoint}, and the shapes of these weights are fixed. Leave "
+            f"{of_weights[0]} out of --search, or leave "
+            f"--{'checkpoint' if config.model.model in PRESETS else 'model'} out."
         )
     check_effects(space, [config for config, _ in runs])
     return config, origins
@@ -193,7 +195,7 @@ def _first_run(run: VariedRun, space: Sequence[Dimension]) -> Settings:
 
 @contextmanager
 def _naming_metric(metric: str | None) -> Iterator[None]:
-    """Name `--metric` in errors about `--metric_for_best_model`, if the user gave the former."""
+    """If the user gave `--metric`, name it instead of `--metric_for_best_model` in errors."""
     try:
         yield
     except UserError as error:
@@ -215,7 +217,10 @@ def scaled_run(run: VariedRun) -> Settings:
 
 
 def largest_size(run: VariedRun, sizes: str) -> Settings:
-    """Return the settings of the run with the largest model in `sizes`, the sizes of a ladder.
+    """Return the settings of the run with the largest model of a ladder.
+
+    Args:
+        sizes: the value of `--ladder`.
 
     Raises:
         UserError: the sizes do not suit the model.

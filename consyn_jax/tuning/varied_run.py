@@ -44,7 +44,10 @@ class VariedRun:
         return cls(given, of_file, names.pop() if names else "")
 
     def with_values(self, values: Mapping[str, Any]) -> Settings:
-        """Resolve the run with these values by flag name.
+        """Resolve the run with other values of some flags.
+
+        Args:
+            values: the new values, by flag name.
 
         Raises:
             UserError: the values do not fit together.

@@ -149,7 +149,7 @@ def test_keys_that_are_not_read_are_counted_for_questions_alone(
             "65 tokens, more than the model's context of 64",
         ),
         ([1], "holds an array, not an object"),
-        ({"prompt": "a"}, "has a prompt without answer"),
+        ({"prompt": "a"}, "has a prompt without an answer"),
         ({"prompt": "a" * 63, "answer": "b"}, "has 64 tokens, and the model's context is 64"),
     ],
 )

@@ -47,7 +47,7 @@ def test_tools_of_a_question(none: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, "a prompt without answer"),
+        ({"prompt": "a"}, "a prompt without an answer"),
         ({"prompt": "a", "answer": 3}, "holds a number"),
         ({"prompt": "a", "answers": []}, "under the key 'answers'"),
         ({"prompt": "a", "answer": "b", "answers": ["b"]}, "both answer and answers"),

@@ -103,7 +103,7 @@ def test_a_journal_that_has_lost_a_trial_is_refused(tmp_path: Path) -> None:
     begun = journal.read_text()
     train(opened, tmp_path)
     journal.write_text(begun)
-    with pytest.raises(UserError, match="trials/0000 is of a trial that the study does not have"):
+    with pytest.raises(UserError, match="trials/0000 belongs to a trial that the study does"):
         study(tmp_path)
 
 

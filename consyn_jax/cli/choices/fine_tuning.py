@@ -66,7 +66,7 @@ def with_batch(settings: Settings, num_sequences: int, num_devices: int) -> Sett
 def shortest(settings: Settings, context: int | None) -> Settings:
     """Set the smallest sequence length and batch size that may later be chosen from the rows.
 
-    The result is for checks before the rows are read. Settings given by the user stay.
+    The result is used in checks that run before the rows are read. The user's settings are kept.
 
     Args:
         context: context length of the model, in tokens; None for a preset.

@@ -143,7 +143,7 @@ def start(
     """Start `prepare` in the background, with the store in the cache.
 
     Raises:
-        UserError: as `prepare`, for mistakes that are found before the first document is read.
+        UserError: a mistake was found before the first document is read (see `prepare`).
     """
     corpus, held_out = find(options)
     if corpus.sources[0].kind == "sharded":

@@ -153,11 +153,10 @@ class Destination:
         shutil.rmtree(self.preparing, ignore_errors=True)
 
     def end_many_writers(self) -> None:
-        """Take the store from tasks of many writers that may still run.
+        """Delete the drafts of shards, so that late tasks add no more shards to the store.
 
-        A shard gets its name in the store by being renamed from one of these directories, which a
-        late task no longer finds. Commands with `--shared_directory` see that they must write all
-        shards again.
+        A task of `--shared_directory` writes a shard to a directory of drafts, and then moves it
+        into the store. Later commands with `--shared_directory` write all shards again.
         """
         try:
             for place in self.preparing.glob(f"{SHARD_DRAFTS}*"):

@@ -77,8 +77,9 @@ def bands_and_rows(threshold: float) -> tuple[int, int]:
     """Choose (bands, rows per band).
 
     A pair of documents whose similarity is `threshold` agrees in all rows of some band with
-    probability 1 - (1 - threshold^rows)^bands. This must be at least `RECALL`. Of the choices that
-    reach it, the one with the most rows has the fewest needless comparisons and keys in memory.
+    probability 1 - (1 - threshold^rows)^bands. This must be at least `RECALL`. Among the choices
+    that reach it, the one with the most rows is best: it compares the fewest documents without
+    need, and keeps the fewest keys in memory.
 
     >>> bands_and_rows(0.8), bands_and_rows(0.5), bands_and_rows(1.0)
     ((18, 7), (42, 3), (1, 128))

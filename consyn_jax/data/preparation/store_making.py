@@ -20,7 +20,7 @@ class Built(NamedTuple):
 
     Attributes:
         was_complete: whether the store was already complete.
-        scratch: sentences about the directories of segments that it could not remove.
+        scratch: sentences about the directories of segments that could not be removed.
     """
 
     was_complete: bool

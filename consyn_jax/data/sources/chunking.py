@@ -46,10 +46,13 @@ def parts(chunks: Iterable[bytes], tokenizer: BPETokenizer) -> Iterator[tuple[by
 
 
 def _cut(data: bytes, tokenizer: BPETokenizer) -> int:
-    """Find where to end the first part of `data`, which has `LIMIT` bytes.
+    """Find the end of a part at the beginning of `data`.
 
     The cut must not change the ids of the text around it. If there is no such cut, for example in a
-    megabyte of one letter, the part ends with `data`, to bound time and memory.
+    megabyte of one letter, all of `data` is one part, to bound time and memory.
+
+    Args:
+        data: the next `LIMIT` bytes of the document.
     """
     for place in PLACES:
         for tried, match in enumerate(place.finditer(data, PART_BYTES)):

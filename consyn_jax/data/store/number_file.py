@@ -60,7 +60,7 @@ class NumberFile:
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be read: {error.strerror}. "
-                "Check that it exists, its permissions and the disk."
+                "Check the path, its permissions and the disk."
             ) from error
         if target is not out:
             out[:] = target

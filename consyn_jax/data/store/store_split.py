@@ -129,7 +129,7 @@ class StoreSplit:
         return bisect_right(self._offsets, position) - 1
 
     def _parts(self, start: int, out: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Divide `out` among shards: (shard number, position in the shard, part of `out`)."""
+        """Yield (shard number, position in the shard, part of `out`) for each shard to read."""
         number, length, done = self._number(start), len(out), 0
         while done < length:
             at = start + done - self._offsets[number]

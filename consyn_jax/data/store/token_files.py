@@ -81,7 +81,7 @@ def read_head(path: Path) -> Head:
             head = file.read(_NPY_HEADER_LIMIT + 16)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror}. Check that it exists, and its permissions."
+            f"{path} cannot be read: {error.strerror}. Check the path and its permissions."
         ) from error
     if not size:
         raise UnusableError("is empty")

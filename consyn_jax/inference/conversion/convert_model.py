@@ -117,8 +117,8 @@ def _check_adapter(source: ModelSource, merge: bool) -> None:
     """Check that --merge_lora is given for an adapter, and for no other model."""
     if source.base is not None and not merge:
         raise UserError(
-            f"{source.name} is an adapter over {source.base}, whose files already have PEFT's "
-            "layout. Add --merge_lora to write the merged model."
+            f"{source.name} is an adapter over {source.base}, and already in PEFT's layout. Add "
+            "--merge_lora to write the merged model."
         )
     if merge and source.base is None:
         raise UserError(
@@ -130,8 +130,8 @@ def _check_manifest(directory: Path) -> None:
     """Check an exported model against its manifest; a checkpoint is verified when it is read."""
     if has_manifest(directory) and (reason := disagreement(directory)):
         raise UserError(
-            f"{directory} is damaged: {reason}. Use another model of the run, or delete its "
-            f"{MANIFEST} if you changed the files yourself."
+            f"{directory} is damaged: {reason}. Use another model of the run. If you changed the "
+            f"files yourself, delete {directory / MANIFEST}."
         )
 
 

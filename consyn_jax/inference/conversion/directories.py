@@ -38,7 +38,7 @@ def tensor_bytes(config: ModelConfig) -> int:
 def write_hf(
     directory: Path, source: ModelSource, params: Params, dtype: str | None, shard_bytes: int
 ) -> None:
-    """Write a directory in the Hugging Face layout, including the source's other files.
+    """Write a model directory in the Hugging Face layout, including the source's tokenizer.
 
     Raises:
         UserError: A weight is too large for float16.

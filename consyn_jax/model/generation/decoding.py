@@ -51,7 +51,7 @@ class Slots(NamedTuple):
         active_B: Whether the slot adds tokens; False if it is empty or its text has ended.
         index_B: Number of new tokens so far.
         limit_B: Number of new tokens at which the slot stops.
-        long_B: Row of the tables of `rotations`: 1 for texts beyond the limit of `spans_until`,
+        long_B: Row of the tables of `rotations`: 1 for texts longer than `spans_until(config)`,
             otherwise 0.
         keys_B2: Random key from which the slot's tokens are drawn.
         seen_BV: True for tokens that occur in the text; None unless repetition is penalised.
@@ -81,7 +81,7 @@ class Prompts(NamedTuple):
         slot_P: Index of the slot to fill.
         index_P, limit_P, long_P: As in `Slots`.
         prompt_P: Index of the prompt, for the row's random key.
-        sequence_P: Index of the continuation among those of the prompt, for the row's random key.
+        sequence_P: Index of this continuation of the prompt, for the row's random key.
     """
 
     ids_PT: Any
@@ -131,8 +131,8 @@ def spread(mesh: Mesh | None, x: jax.Array, *logical_axes: str | None) -> jax.Ar
 def rotations(config: ModelConfig, size: int) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding, each [X, S, h].
 
-    X is 1, or 2 if texts beyond the limit of `spans_until` have other angles. Row 1 then has the
-    angles of these texts.
+    X is 2 if texts longer than `spans_until(config)` have other angles, otherwise 1. Row 1 has the
+    angles of these longer texts.
     """
     limit, positions = spans_until(config), jnp.arange(size)[None]
     spans = [size] if limit is None or size <= limit else [limit, limit + 1]

@@ -38,7 +38,7 @@ def softmax_gradient(
 ) -> tuple[Float[Array, "n V"], PerToken, PerToken, PerToken, PerToken]:
     """Gradient of the loss with respect to the logits: cross-entropy, label smoothing and z-loss.
 
-    All arithmetic is float32. A gradient of the logits' dtype overwrites them.
+    All arithmetic is float32. If `dtype` is the logits' dtype, the gradient overwrites the logits.
 
     Args:
         labels_n: Label of each token, below `vocab_size`; tokens of weight 0 may have any label.
@@ -88,7 +88,7 @@ def _kernel(arguments, constants, width, num_logits, vocab_size, *refs):
     blocks = logits_ref.shape[0] // width
     label = jnp.clip(label_ref[0], 0, vocab_size - 1)
     # Read before the reductions, in which threads wait for each other: later, another thread may
-    # have overwritten it by its gradient.
+    # have overwritten this logit with the gradient.
     label_logit = logits_ref[label].astype(jnp.float32)
 
     def load(j):

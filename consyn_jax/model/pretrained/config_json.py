@@ -189,7 +189,7 @@ def with_generation_config(config: ModelConfig, text: Any, where: str) -> ModelC
     except (TypeError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{where} is not a JSON object. Replace it by a good copy.")
+        raise UserError(f"{where} is not a JSON object. Replace it with a good copy.")
     ends = content.get("eos_token_id")
     values = [("eos_token_id", end) for end in (ends if isinstance(ends, list) else [ends])]
     values += [(name, content.get(name)) for name in (*WHOLE, *NUMBERS)]

@@ -32,7 +32,7 @@ from consyn_jax.model_config import LoraOptions, ModelConfig
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # of a tensor's name
-BASE_HASH = "base_sha256"  # in the metadata of the weights: the hash of the base's
+BASE_HASH = "base_sha256"  # key in the metadata of the weights: hash of the base model's weights
 # Settings of PEFT that change the computation of an adapter, with the supported values.
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -135,7 +135,7 @@ def read_adapter(directory: Path) -> Adapter:
     if not isinstance(base, str | None) or not isinstance(revision, str | None):
         raise UserError(
             f"{directory / ADAPTER_CONFIG} has a base_model_name_or_path or a revision that is "
-            "not text. Replace the file by a good copy."
+            "not text. Replace the file with a good copy."
         )
     name = f"{base}@{revision}" if base and revision else base
     pairs: dict[str, dict[str, np.ndarray]] = {}
@@ -153,7 +153,7 @@ def read_adapter(directory: Path) -> Adapter:
         if not _is_whole(pair):
             raise UserError(
                 f"{directory / ADAPTER_WEIGHTS} lacks lora_A or lora_B of {module}, or their "
-                "shapes do not fit each other. Replace the file by a good copy."
+                "shapes do not fit each other. Replace the file with a good copy."
             )
         scale = _scale(directory, config, module, pair[A].shape[0])
         changes[f"{module}.weight"] = Change(pair[A], pair[B], scale)
@@ -194,7 +194,7 @@ def _scale(directory: Path, config: dict[str, Any], module: str, rank: int) -> f
     except (LookupError, TypeError, ArithmeticError, ValueError, AttributeError, re.error) as wrong:
         raise UserError(
             f"{directory / ADAPTER_CONFIG} gives no lora_alpha for {module}: {wrong}. Replace the "
-            "file by a good copy."
+            "file with a good copy."
         ) from None
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -232,11 +232,11 @@ def check_adapter(directory: Path, adapter: Adapter, config: ModelConfig) -> Non
 
 
 class _Place(NamedTuple):
-    """The part of a tensor's adapter that belongs to one parameter of the tensor.
+    """The place of a parameter in a tensor of the files, and in the adapter of this tensor.
 
     Attributes:
         tensor: The tensor in the files of the base.
-        part: The rows of the tensor that are the parameter.
+        part: The rows of the tensor that hold the parameter.
         columns: The columns of `b` and the rows of `a` that belong to the parameter.
     """
 
@@ -371,7 +371,8 @@ def load_adapter(
     """Load an adapter that `save_adapter` has written, as float32 parameters.
 
     Raises:
-        UserError: The adapter is damaged, or has another rank or other tensors.
+        UserError: The adapter is damaged, lacks a tensor, or has a rank other than that of
+            `options`.
     """
     adapter, form = read_adapter(directory), adapter_layout(config, options)
     host = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form.shapes)
@@ -381,7 +382,7 @@ def load_adapter(
         if change is None or change.a.shape[0] != rank:
             raise UserError(
                 f"{directory} has no adapter of rank {rank} for {name}, so it does not belong to "
-                "this run. Replace it by the adapter of this run."
+                "this run. Replace it with the adapter of this run."
             )
         for place in places:
             own, layer = host["layers"][place.key], place.part.layer

@@ -39,7 +39,7 @@ def open_file(file: Path) -> Iterator[Any]:
     except MemoryError as wrong:
         raise UserError(
             f"{file} of {file.stat().st_size:,} bytes cannot be mapped into memory: {wrong}. Raise "
-            "the limit (ulimit -v), or replace the file by a good copy."
+            "the limit (ulimit -v), or replace the file with a good copy."
         ) from None
     with opened as handle:
         yield handle

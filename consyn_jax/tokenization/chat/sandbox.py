@@ -92,7 +92,7 @@ class ChatTemplate:
         Args:
             messages: plain JSON values, without nulls.
             generation_prompt: whether to end with the prompt for the model's answer.
-            variables: further values, which override the values of the constructor.
+            variables: further values for this rendering, which override `self.variables`.
 
         Raises:
             TemplateFault: the template refuses the conversation, fails, or exceeds a limit.

@@ -36,7 +36,7 @@ def tool_template_in(files: Mapping[str, bytes]) -> str | None:
     As in transformers (`get_chat_template`), this is the template named "tool_use".
 
     Raises:
-        UserError: as for `template_in`.
+        UserError: the template in a file is not text.
     """
     return _named(files).get(TOOL_USE)
 

@@ -53,7 +53,7 @@ class Selection:
 
         Args:
             patience: Number of consecutive evaluations without improvement that ends the run; None
-                never ends it.
+                if early stopping is off.
             min_steps: First step at which the run may end.
         """
         return patience is not None and self.stale >= patience and step >= min_steps

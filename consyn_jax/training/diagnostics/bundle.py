@@ -254,7 +254,8 @@ def read_bundle(path: Path) -> Bundle:
         )
     if found := irregular(path):
         raise UserError(
-            f"--replay {path} is not read: {found[0]} is {found[1]}. Replace it by the file itself."
+            f"--replay {path} is not read: {found[0]} is {found[1]}. Replace it with the file "
+            "itself."
         )
     try:
         return _read_bundle(path)

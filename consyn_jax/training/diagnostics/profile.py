@@ -165,7 +165,9 @@ class Profile:
         self._last: Any = None
 
     def step(self, number: int, before: Any) -> AbstractContextManager[Any]:
-        """Return a context in which to dispatch step `number`; if requested, it traces the step.
+        """Return a context manager for the dispatch of step `number`.
+
+        It traces the step if the user requested this step.
 
         Args:
             before: State before the step. The trace begins when this state has been computed.
@@ -247,7 +249,10 @@ class Profile:
 
 
 def activity(name: str) -> TraceAnnotation:
-    """Return a context that names the host's activity in a trace; it costs a microsecond."""
+    """Return a context manager that names the host's activity in a trace.
+
+    It costs a microsecond.
+    """
     return TraceAnnotation(name)
 
 

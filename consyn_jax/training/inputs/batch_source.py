@@ -55,8 +55,8 @@ class BatchSource(ABC):
     ) -> Iterator[Batch]:
         """Yield batches [accumulation, b, T], beginning with the one for step `start_step`.
 
-        Data in a store is read from the right position. Batches from the caller are read from the
-        beginning, and skipped up to that step.
+        Data in a store is read from the position of this step. Batches that were passed in Python
+        are read from the beginning, and those before this step are skipped.
 
         Args:
             batch_size: Sequences per micro-batch, over all processes.

@@ -240,7 +240,7 @@ class RemoteRun:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Return a context that converts errors of the store to `UserError`."""
+        """Return a context manager that converts errors of the store to `UserError`."""
         try:
             yield
         except BucketError as error:

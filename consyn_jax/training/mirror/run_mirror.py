@@ -35,11 +35,11 @@ from consyn_jax.training.run.model_manifest import MANIFEST
 LOOK_S = 1.0  # between checks for a new checkpoint
 FILES_S = 60.0  # between uploads of a file that grows, such as the log
 LONGEST_PAUSE_S = 60.0  # limit of the pause after a failure, which doubles with each failure
-# At its end, a run waits for uploads as long as they make progress. It gives up when there has been
-# none for this time, in which a server can restart. The next start here uploads the rest.
+# At its end, a run waits for uploads as long as they make progress. It gives up after this time
+# without progress, which is enough for a server to restart. The next start here uploads the rest.
 EXIT_S = 120.0
 ABANDON_S = 5.0  # the longest wait for a thread that is told to end
-# Attempts to upload an object after the end of the run in which its bytes count as progress. If all
+# After the end of the run, only this many attempts to upload an object count as progress. If all
 # attempts counted, a server that takes bytes and then fails could prolong the wait for ever.
 COUNTED_ATTEMPTS = 3
 # run.json is first, because it says which run the other files belong to. wandb/ is left out,
@@ -62,7 +62,7 @@ class RunMirror:
 
     Args:
         remote: The copy; this process must hold its lease.
-        saving: The run's options. Checkpoints are kept in the bucket as in the directory.
+        saving: The run's options. The bucket keeps the same checkpoints as the directory.
         warn, note: Functions that the thread calls with a sentence.
         moved: Function that is called every second while `close` waits.
     """
@@ -83,7 +83,7 @@ class RunMirror:
         self._models: dict[str, str | None] = {}
         self._marked: dict[int, str] | None = None  # digests by step; None until they are read
         self._failure = ""  # clause about the newest failure; "" after a success
-        # Of each object during `close`: how often it was begun, and the most bytes sent of it.
+        # For each object, during `close`: the number of attempts, and the most bytes sent.
         self._begun, self._reached = Counter[str](), dict[str, float]()
         self._progress_at = time.monotonic()
         self._is_done = self._is_abandoned = False
@@ -136,7 +136,7 @@ class RunMirror:
                 self._stop.wait(pause_s)
 
     def _failed(self, error: Exception) -> None:
-        """Keep the reason of a failure, and warn of it unless the last attempt failed too."""
+        """Keep the reason of a failure; warn of it only if the previous attempt succeeded."""
         if self._is_abandoned:
             return
         if not self._failure:
@@ -152,7 +152,7 @@ class RunMirror:
             self._note(f"Uploads to {self._remote.place} succeed again.")
 
     def _took(self, name: str, sent: int | float = math.inf) -> None:
-        """Note how much of an object has been sent; infinity if the server has confirmed it all.
+        """Record the number of bytes sent of an object; the default stands for all of them.
 
         Raises:
             _Abandoned: The run has ended without waiting, so the rest must not be sent.
@@ -334,13 +334,13 @@ class RunMirror:
         """Wait for the uploads, then release the lease.
 
         The wait ends when all files are uploaded, when nothing has been uploaded for `EXIT_S`
-        seconds (whatever the clients' timeouts are), or at a signal.
+        seconds, or at a signal.
 
         Args:
-            is_complete: Whether the run is complete, and nothing else ends this process.
+            is_complete: Whether the run is complete. If not, a signal only causes a warning here.
 
         Raises:
-            Interrupted: A signal ended the wait after a complete run.
+            Interrupted: The run is complete, and a signal ended the wait.
         """
         self._progress_at = time.monotonic()
         self._stop.set()
@@ -373,10 +373,10 @@ class RunMirror:
                 return
 
     def _leave(self) -> None:
-        """Let the thread end, and release the lease.
+        """Tell the thread to end, wait for it, and release the lease.
 
-        If the thread hangs in a request, it is left alone, and the lease expires by itself. The
-        same happens if a signal ends this wait.
+        The lease is not released if the thread hangs in a request, or if a signal ends the wait.
+        It then expires by itself.
         """
         self._is_abandoned = True
         try:

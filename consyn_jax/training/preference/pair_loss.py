@@ -71,8 +71,8 @@ def pair_objective(
     """Compute the loss, summed over the pairs of a micro-batch, and the sums to report.
 
     Args:
-        batch: Arrays of the micro-batch, with the reference of each pair. A row without targets is
-            padding.
+        batch: Arrays of the micro-batch, including the reference log-probabilities of each pair. A
+            row without targets is padding.
     """
     reference_B2 = jnp.stack([batch[CHOSEN_REFERENCE], batch[REJECTED_REFERENCE]], 1)
     is_pair_B = jnp.any(batch["loss_mask"], axis=-1)

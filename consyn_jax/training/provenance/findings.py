@@ -34,7 +34,7 @@ class Findings:
 
     @contextmanager
     def checking(self, kind: str, place: Path) -> Iterator[None]:
-        """Return a context that turns an error into a finding, so that other checks still run.
+        """Turn an error in a `with` block into a finding, so that later checks still run.
 
         Args:
             place: Path for the message, used if the error has no path.

@@ -41,10 +41,10 @@ class StepTooLarge(UserError):
 
 
 class OutOfMemory(UserError):
-    """A device ran out of memory while a program ran; other programs may use the device.
+    """A device ran out of memory during a computation.
 
     Args:
-        fact: what happened, without full stop.
+        fact: what happened, as a sentence without its full stop.
     """
 
     def __init__(self, fact: str, advice: str = "") -> None:
@@ -166,7 +166,7 @@ def explain_out_of_memory(
         raise OutOfMemory(
             f"A device ran out of its {_gib(device_bytes())} of memory ({reason})",
             "saved checkpoints are intact. Stop other programs on the device, or run the same "
-            f"command again, with {smaller}.",
+            f"command again with {smaller}.",
         ) from error
 
 

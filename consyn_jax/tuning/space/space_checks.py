@@ -26,9 +26,10 @@ def check_space(
     """Check the runs at the points of the search space that `points_to_check` selects.
 
     Args:
-        check: function that resolves a run with values by flag name.
-        plain: the error of the command without the values of `--search`, if there is one. It is
-            raised alone if it is also the error of a trial, since `--search` is then not its cause.
+        check: function that resolves a run, given the values of the searched flags.
+        plain: the error of the command without `--search`; None if it has none. If the first
+            refused trial has the same error, `--search` is not the cause, and the error is raised
+            unchanged.
 
     Returns:
         The results of `check`.
@@ -55,16 +56,20 @@ def check_space(
 
 
 def refusal(values: Mapping[str, Any], reason: str) -> UserError:
-    """Build the error that refuses the trial with these values by flag name."""
+    """Build the error that refuses a trial.
+
+    Args:
+        values: the trial's values of the searched flags.
+    """
     about = " ".join(f"--{name} {as_text(value)}" for name, value in values.items())
     return UserError(f"A trial of --search with {about} is refused: {reason}")
 
 
 def points_to_check(space: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """Combinations of values: ends of ranges, choices, and the values of whole-number ranges.
+    """Return the combinations of `_values_to_check` for all searched flags.
 
-    If there are more than `MOST_POINTS`, the result varies one flag at a time, and has a sample of
-    the combinations.
+    If there are more than `MOST_POINTS`, the result has the combinations that vary one flag at a
+    time, and a random sample of all combinations.
     """
     values = [_values_to_check(dimension) for dimension in space]
     if math.prod(map(len, values)) <= MOST_POINTS:
@@ -80,7 +85,10 @@ def points_to_check(space: Sequence[Dimension]) -> list[dict[str, Any]]:
 
 
 def _values_to_check(dimension: Dimension) -> Sequence[Any]:
-    """The ends of a range first, since messages name the first value that is refused."""
+    """Return all choices of a list, the ends of a range, and the numbers in a whole-number range.
+
+    The ends come first, since messages name the first value that is refused.
+    """
     if not dimension.is_whole:
         return dimension.ends
     inside = range(int(dimension.low) + 1, int(dimension.high))
@@ -135,7 +143,7 @@ def _not_scheduler(*names: str) -> Callable[[RunConfig], str | None]:
 
 
 def _of_optimizer(name: str) -> Callable[[RunConfig], str | None]:
-    """Rule of a flag that an optimizer may not use."""
+    """Rule of a flag that some optimizers do not use."""
     return lambda run: (
         f"with --optimizer {run.optimizer.optimizer}" if name in run.optimizer.rule.unused else None
     )
@@ -185,8 +193,8 @@ NO_EFFECT: Mapping[str, Callable[[RunConfig], str | None]] = {
 def check_effects(space: Sequence[Dimension], runs: Sequence[RunConfig]) -> None:
     """Check that every searched flag has an effect in some run.
 
-    `consyn-train` accepts such a flag, because a recipe has the values of all flags. A search over
-    it would train equal trials.
+    `consyn-train` accepts a flag without effect, because a recipe has the values of all flags. But
+    a search over such a flag would train equal trials.
 
     Args:
         runs: runs at points of the search space.
@@ -200,6 +208,6 @@ def check_effects(space: Sequence[Dimension], runs: Sequence[RunConfig]) -> None
         reasons = [NO_EFFECT[dimension.name](run) for run in runs]
         if all(reasons):
             raise UserError(
-                f"--search {dimension.text()} has no effect {reasons[0]}, so trials would not "
-                f"differ by it. Leave {dimension.name} out of --search, or change that flag."
+                f"--search {dimension.text()} has no effect {reasons[0]}. Leave {dimension.name} "
+                "out of --search, or change the other setting."
             )

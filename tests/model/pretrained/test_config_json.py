@@ -200,6 +200,6 @@ def test_a_generation_config_of_a_stranger_is_refused(text: Any) -> None:
     config = LAYOUTS["llama tied"][0]
     with pytest.raises(
         UserError,
-        match=r"^here (has|is not) .*(Put a .*number.* there|Replace it by a good copy)\.$",
+        match=r"^here (has|is not) .*(Put a .*number.* there|Replace it with a good copy)\.$",
     ):
         with_generation_config(config, text, "here")

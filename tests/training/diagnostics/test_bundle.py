@@ -93,7 +93,7 @@ def test_links_and_pipes_in_a_bundle_are_named(
     (copy / name).rename(tmp_path / "moved")
     (copy / name).symlink_to(tmp_path / "moved") if kind == "link" else os.mkfifo(copy / name)
     with pytest.raises(
-        UserError, match=f"read: {copy / name} is a {kind}. Replace it by the file itself"
+        UserError, match=f"read: {copy / name} is a {kind}. Replace it with the file itself"
     ):
         read_bundle(copy)
 

@@ -107,7 +107,8 @@ def test_dimensions_that_the_weights_set_cannot_vary() -> None:
             resolved("hidden_dim=32,64", **own)
         assert str(raised.value) == (
             "--search hidden_dim cannot vary, because all trials start from the weights of "
-            f"runs/a/final, which set it. Leave hidden_dim out of --search, or leave --{other} out."
+            "runs/a/final, and the shapes of these weights are fixed. Leave hidden_dim out of "
+            f"--search, or leave --{other} out."
         )
 
 

@@ -6,11 +6,11 @@ documents in one range of digests.
 A near duplicate resembles an earlier document that is kept, so the decision about a document
 depends on earlier decisions. Only documents that share a band key are compared. So documents are
 grouped: two documents are in the same group if a chain of shared keys connects them.
-`NearDuplicates` decides the documents of a group in corpus order, with the same result as for the
-whole corpus. Groups are decided in parallel. Documents that share no key are kept.
+`NearDuplicates` compares the documents of a group in corpus order, with the same result as for the
+whole corpus. Groups are processed in parallel. Documents that share no key are kept.
 
 If m documents share a key, m - 1 pairs connect them, not m squared. A corpus that was made from a
-template has large groups, and a single task decides each group.
+template has large groups, and each group is processed by a single task.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ HASHED_HERE = 4 << 30  # bytes that this process hashes alone, within seconds
 
 
 def start_tasks(spec: Spec) -> Tasks:
-    """Start the engine that `--engine` names, which runs tasks.
+    """Start the engine that `--engine` names.
 
     Raises:
         UserError: the cluster cannot be reached.

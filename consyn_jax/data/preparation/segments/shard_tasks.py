@@ -72,7 +72,10 @@ def write_shards_plan(job: Job, shards: list[Shard]) -> None:
 
 
 def write_shard(job: Job, number: int) -> None:
-    """Write the files of a shard into the store, and its entry in the manifest as the result."""
+    """Write the files of a shard into the store.
+
+    The result of the task is the shard's entry in the manifest.
+    """
     split, name, start, stop = json.loads((job.results / SHARDS).read_bytes())[number]
     with (
         job.writing("shards", number) as draft,
@@ -106,7 +109,7 @@ class _Rows:
         self._kept = np.flatnonzero(job.array("kept", segment, "splits") == split)
 
     def write(self, writer: ShardWriter, first: int, last: int | None) -> None:
-        """Append the rows `first` to `last - 1` to a shard; all later rows if `last` is None."""
+        """Append the rows from `first` up to but not including `last` (None: the end)."""
         kept = self._kept[self._kept >= first]
         kept = kept if last is None else kept[kept < last]
         if not len(kept):

@@ -2,8 +2,8 @@
 
 A segment is a range of the corpus of about `segment_bytes`: several small sources, or a part of a
 large source. To find the parts, a large source is read once, without tokenising. This pass also
-counts the documents before each part, so that messages number the rows of the whole source, not of
-the part. A source that cannot be read from the middle, such as a compressed file, is one segment.
+counts the documents before each part, so that messages can give the number of a row in the whole
+source. A source that cannot be read from the middle, such as a compressed file, is one segment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Find the address of a Ray cluster, and check that the head node of one answers there.
+"""Find the address of a Ray cluster, and check that a head node answers there.
 
-Without these checks `ray.init` waits for minutes, does not end on a signal meanwhile, and may abort
-the process.
+Without this check, `ray.init` may wait for minutes, handle no signal during the wait, and abort the
+process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_address(name: str, address: str) -> None:
     """Check that the head node of a Ray cluster answers at an address.
 
     Raises:
-        UserError: the address is invalid, nothing answers there, or what answers is not the head
+        UserError: the address is invalid, no server answers there, or the server is not the head
             node of a Ray cluster.
     """
     place, found = f"{name} {address}", address
@@ -47,7 +47,7 @@ def check_address(name: str, address: str) -> None:
         found = _found_by_ray()
         if not found:
             return
-        place = f"{place}, which is {found} by Ray's own record"
+        place = f"{place}, which Ray resolves to {found}"
     host, _, port = found.rpartition(":")
     if not host or "/" in found or not 0 < (natural(port) or 0) < 65536:
         raise UserError(
@@ -67,7 +67,7 @@ def check_address(name: str, address: str) -> None:
 
 
 def _found_by_ray() -> str:
-    """The address that "auto" stands for; "" if Ray has none, or this version does not tell."""
+    """Return the address that Ray resolves "auto" to; "" if Ray has none or cannot be asked."""
     try:
         from ray._private.services import canonicalize_bootstrap_address
     except ImportError:
@@ -83,7 +83,10 @@ def _uses_tls() -> bool:
 
 
 def _fault_of(server: socket.socket) -> str:
-    """Say why a server is no gRPC server, by its answer to the first bytes of gRPC; "" if it is."""
+    """Send the first bytes of gRPC; say how the answer is wrong, or return "" if it is right.
+
+    The head node of a Ray cluster is a gRPC server.
+    """
     until, answer = time.monotonic() + LONGEST_S, b""
     try:
         server.sendall(_BEGINNING)
@@ -100,7 +103,7 @@ def _fault_of(server: socket.socket) -> str:
     if len(answer) == _FRAME_HEAD and answer[3] == _SETTINGS:
         return ""
     if answer.startswith((b"HTTP/", b"<")):  # some send only a page, as to a very old client
-        return "a web server answers there, as Ray's dashboard is one"
+        return "a web server answers there, such as Ray's dashboard"
     if answer:
-        return "it answers with another protocol than Ray's"
-    return f"what listens there gives no answer to Ray's protocol within {LONGEST_S:g} seconds"
+        return "it answers in a protocol other than Ray's"
+    return f"it does not answer in Ray's protocol within {LONGEST_S:g} seconds"

@@ -26,7 +26,7 @@ class RayCalls:
         count: number of tasks that run at the same time; None for one on each processor.
         address: value of `--ray_address`. If it is None, Ray connects to the cluster in RAY_ADDRESS
             or, if that is not set, starts on this machine.
-        work: the word for what a task does, in messages.
+        work: name of a task's unit of work in messages, such as "block".
 
     Attributes:
         count: the argument `count`.
@@ -48,7 +48,7 @@ class RayCalls:
 
     @property
     def processors(self) -> int:
-        """Number of tasks that can run at a time by now."""
+        """Number of tasks that can run at the same time now."""
         return self._processors.count()
 
     def put(self, value: Any) -> Any:
@@ -59,7 +59,7 @@ class RayCalls:
     def start(self, module: str, name: str, *arguments: Any) -> Future[Any]:
         """Start a task that calls a function; pass the future to `result`.
 
-        The future fetches what the function returned as soon as that exists.
+        The future fetches the result as soon as the function has returned.
 
         Args:
             module, name: the module of the function in this package, and its name.
@@ -70,7 +70,7 @@ class RayCalls:
         return future
 
     def result(self, future: Future[Any]) -> Any:
-        """Wait for what the function returned.
+        """Wait for a task, and return the result of its function.
 
         Raises:
             UserError: the node has other versions of packages, or the worker process of the task

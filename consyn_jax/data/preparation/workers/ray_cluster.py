@@ -110,7 +110,7 @@ def _refusal(place: str, error: Exception) -> UserError:
     if "Version mismatch" in text:
         found = re.findall(r"Ray: (\S+) Python: ([\d.]*\d)", text)
         sides = [f"Ray {number} and Python {python}" for number, python in found]
-        of_cluster, ours = sides if len(sides) == 2 else ("other versions", "not")
+        of_cluster, ours = sides if len(sides) == 2 else ("one version of Ray or Python", "another")
         return UserError(
             f"The Ray cluster runs {of_cluster}, this machine {ours}. Install the same versions on "
             "all nodes."
@@ -153,8 +153,8 @@ class Processors:
 def strangers() -> list[str]:
     """Directories on Ray's import path from which workers must not import.
 
-    This is the current directory, unless it contains this package. Otherwise a user's json.py in
-    the current directory would replace Python's module json.
+    Ray puts the current directory on this path. There, a user's json.py would replace Python's
+    module json. So the directory is left out, unless it contains this package.
     """
     here = str(Path.cwd())
     return [] if here == str(Path(__file__).parents[4]) else [here]

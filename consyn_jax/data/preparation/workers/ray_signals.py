@@ -28,11 +28,11 @@ def holding_signals(end: Callable[[], object]) -> Iterator[None]:
     `sys.exit`, and `ray.shutdown` leaves no handler. A C++ handler of Ray sets an alarm, which
     aborts the process three seconds after the signal.
 
-    Ray may wait in C++ code for minutes, where Python handles no signal. So a thread ends the
-    process at a second signal, or if Ray takes longer than `HELD_S` after the first.
+    Ray may wait in C++ code for minutes. During this wait, Python handles no signal. So a thread
+    ends the process at the second signal, or `HELD_S` seconds after the first one.
 
     Args:
-        end: called before the process is ended; it ends the processes that Ray has started.
+        end: function that ends the processes of Ray; called before this process is ended.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -78,10 +78,10 @@ def _watching(numbers: Container[int], end: Callable[[], object]) -> Iterator[No
 
 
 def _watch(read: int, numbers: Container[int], end: Callable[[], object]) -> None:
-    """Cancel alarms repeatedly, and end the process when the user or the time demands it.
+    """Cancel Ray's alarms; end the process at the second signal, or `HELD_S` after the first.
 
     Args:
-        read: file descriptor with a byte for each signal; its end ends this function.
+        read: pipe with a byte for each signal. The function returns when the pipe is closed.
     """
     repeats, until = Repeats(), float("inf")
     while time.monotonic() < until:

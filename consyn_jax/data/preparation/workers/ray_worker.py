@@ -1,4 +1,4 @@
-"""Code that runs inside a Ray task; the first task in a Ray process creates the worker."""
+"""Code that runs inside a Ray task."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _workers: dict[str, Worker] = {}
 
 
 def work(key: str, shared: np.ndarray, head: str, data: bytes) -> Answer:
-    """Work on one block.
+    """Work on one block; the process keeps its `Worker` for later tasks with the same settings.
 
     Args:
-        key: hash of `shared`, under which the worker is kept.
+        key: hash of `shared`.
         shared: JSON with the settings of the main process.
         head: `block_head` of the block, as JSON.
     """

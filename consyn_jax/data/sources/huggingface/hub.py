@@ -64,7 +64,7 @@ def other_splits(name: str) -> tuple[str, ...]:
     of `datasets`.
 
     Raises:
-        UserError: as for `identity`, or the dataset has several configurations.
+        UserError: the dataset cannot be found (see `identity`), or has several configurations.
     """
     hub, reached = _find(hub_name(name))
     splits: Sequence[Any] | None = None

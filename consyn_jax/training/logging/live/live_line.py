@@ -49,7 +49,7 @@ class LossTrend:
 
 
 def details(values: Mapping[str, Any]) -> list[str]:
-    """MFU, wait for data and memory as texts, the most important first.
+    """Format MFU, the wait for data, and the peak memory; the most important comes first.
 
     Args:
         values: the newest line of metrics.

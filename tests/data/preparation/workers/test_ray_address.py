@@ -76,10 +76,10 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     [
         (WEB, "is not the head node of a Ray cluster: a web server answers there"),
         (b"<!DOCTYPE HTML>", "is not the head node of a Ray cluster: a web server answers there"),
-        (None, "is not the head node of a Ray cluster: what listens there gives no answer"),
-        (b"", "is not the head node of a Ray cluster: what listens there gives no answer"),
-        (b"SSH-2.0-OpenSSH_9\r\n", "it answers with another protocol than Ray's"),
-        (b"HT", "it answers with another protocol than Ray's"),
+        (None, "is not the head node of a Ray cluster: it does not answer in Ray's protocol"),
+        (b"", "is not the head node of a Ray cluster: it does not answer in Ray's protocol"),
+        (b"SSH-2.0-OpenSSH_9\r\n", "it answers in a protocol other than Ray's"),
+        (b"HT", "it answers in a protocol other than Ray's"),
     ],
     indirect=["server"],
 )
@@ -119,10 +119,10 @@ def test_a_record_that_ray_cannot_read_is_left_to_ray(
 def test_auto_is_checked_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's record of the last cluster outlives a head node that was killed."""
     set_record(monkeypatch, lambda _: server.address)
-    with pytest.raises(UserError, match=r"--ray_address auto, which is 127.* by Ray's own record"):
+    with pytest.raises(UserError, match=r"--ray_address auto, which Ray resolves to 127.* is not"):
         check_address("--ray_address", "auto")
     server.close()
-    with pytest.raises(UserError, match=r"No Ray cluster answers at --ray_address auto, which is"):
+    with pytest.raises(UserError, match=r"No Ray cluster answers at --ray_address auto, which Ray"):
         check_address("--ray_address", "auto")
 
 
