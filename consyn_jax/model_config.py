@@ -98,7 +98,7 @@ class FileFormat:
             represent the model.
         dtype: The number type of the tensors, one of `DTYPES`.
         other_dtypes: Tensors with another number type, each as "name=type".
-        has_tied_head: The files also contain a copy of a tied output embedding.
+        has_tied_head: Whether the files also contain a copy of a tied output embedding.
         config: The config.json that the model was loaded with.
     """
 
@@ -122,8 +122,8 @@ class ModelConfig:
         qkv_bias: Whether the query, key and value projections have a bias.
         output_bias: Whether the attention output projection has a bias.
         mlp_bias: Whether the gate, up and down projections have a bias.
-        window_layers: For each layer, whether it uses the sliding window; None: all layers do.
-        rotary_layers: For each layer, whether it rotates queries and keys; None: all layers do.
+        window_layers: For each layer, whether it uses the sliding window; None if all layers do.
+        rotary_layers: For each layer, whether it rotates queries and keys; None if all layers do.
         rotary_fraction: Share of the elements of a head that are rotated.
         eos_token_id: Id of the end-of-text token; a tuple if several ids end a text.
         generation_config: Text of the checkpoint's generation_config.json, which exports copy.
@@ -241,7 +241,7 @@ class ModelConfig:
                 )
 
     def saved_as(self, dtype: str | None) -> ModelConfig:
-        """The configuration with another number type for saved weights (None: unchanged)."""
+        """The configuration with `dtype` for saved weights; if it is None, this configuration."""
         if dtype is None:
             return self
         if dtype not in DTYPES:

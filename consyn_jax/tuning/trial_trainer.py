@@ -45,16 +45,16 @@ def refusing_values() -> Iterator[None]:
 def trainer_of_study(
     space: Sequence[Dimension], varied: VariedRun, make: Callable[[Settings], ConsynTrainer]
 ) -> ConsynTrainer:
-    """Check that this machine can train some trial, and return a trainer for facts of the study.
+    """Check that this machine can train some trial, and return a trainer that describes the study.
 
-    These facts must not depend on the machine. The trainer is therefore that of the first values
-    that `make` accepts, even if this machine cannot build its program.
+    The description must not depend on the machine. The trainer therefore has the first values that
+    `make` accepts, even if this machine cannot build a program for these values.
 
     Args:
         make: function that returns the trainer of a run.
 
     Raises:
-        UserError: none of the trials can be built; up to `MOST_BUILDS` are tried. Or a file or a
+        UserError: none of the trials can be built (up to `MOST_BUILDS` are tried), or a file or
             package is missing.
     """
     first = {dimension.name: dimension.ends[0] for dimension in space}

@@ -63,7 +63,7 @@ class Checkpoints:
         keep_last: Number of newest checkpoints to keep.
         keep_every: Also keep checkpoints whose step is a multiple of this.
         warn: Called in the caller's thread with warnings about damaged or unwritten checkpoints.
-        owner: The run to which the checkpoints must belong; None accepts any run.
+        owner: The run to which the checkpoints must belong; None if any run is accepted.
         before_commit: Flushes other files of the run before a checkpoint is committed, in process
             0's background thread; raises `UserError` if the directory belongs to another run.
 

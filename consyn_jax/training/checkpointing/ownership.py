@@ -173,7 +173,7 @@ def check_checkpoint(
 
     Args:
         record: Run record of the checkpoint.
-        own: The run to which it must belong; None accepts any run.
+        own: The run to which the checkpoint must belong; None if any run is accepted.
 
     Raises:
         UserError: The checkpoint belongs to another run, or has the name of another step.

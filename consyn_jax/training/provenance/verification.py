@@ -115,8 +115,8 @@ def verify_directory(place: Path) -> Findings:
         facts = _check_saved(MODEL, place, None, found)
     else:
         raise UserError(
-            f"--verify {place} is neither a run, nor a checkpoint or a model of one. Name a run "
-            "directory, its best/ or final/, or one of its checkpoints/."
+            f"--verify {place} is neither a run, nor a checkpoint, nor an exported model. Name a "
+            "run directory, its best/ or final/, or a directory in its checkpoints/."
         )
     if facts is None:
         found.unchecked.append(
@@ -219,9 +219,9 @@ def _check_saved(
     """Check a checkpoint or a model, and return its record.
 
     Args:
-        facts: Record of the run, to compare with.
-        before: Length of `found.differs` before the first check of this checkpoint; by default,
-            its length when this function is called.
+        facts: Record of the run, for comparison; None if there is none.
+        before: Number of differences that were found before the first check of this checkpoint; by
+            default, the number at the start of this function.
     """
     own, before = None, len(found.differs) if before is None else before
     with found.checking("weights", place):
