@@ -47,8 +47,8 @@ class Optimizer:
             required.
         lr_bounds: lowest usual peak rate of pretraining, and highest usual peak rate of full
             fine-tuning.
-        lr_range: range of `--lr_find`, from a rate too low to change the loss to a rate too high to
-            train.
+        lr_range: lowest and highest rate of `--lr_find`. The lowest hardly changes the loss, and
+            training diverges at the highest.
         block_matrices_only: whether the rule updates only the matrices inside the blocks. AdamW
             then updates all other parameters.
         layerwise: whether `--optimizer_memory host` can update one layer at a time: the update of a

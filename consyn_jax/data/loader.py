@@ -157,8 +157,8 @@ class prefetch(Generic[Out]):
 
     Args:
         transform: function applied to each item in the thread.
-        interrupted: called while the consumer waits for an item; the iteration ends if it returns
-            true.
+        interrupted: function called while the consumer waits for an item. If it returns true, the
+            iteration ends.
 
     Attributes:
         wait_s: total seconds that the consumer has waited for items.

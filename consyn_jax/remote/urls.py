@@ -157,8 +157,9 @@ def _understood(name: str, value: Any) -> Any:
         return _hub_name(name, value)
     if scheme not in BUCKETS:
         raise UserError(
-            f"--{name} {shown(value)}: {scheme}:// is not supported; s3://, gs:// and hf:// are. "
-            "Download the data, and give its path; consyn-train --remote copies a run to a bucket."
+            f"--{name} {shown(value)}: {scheme}:// is not supported. Use s3://, gs:// or hf://, "
+            "or download the data and give its path. To copy a run to a bucket, use consyn-train "
+            "--remote."
         )
     parse(value, name)
     return value

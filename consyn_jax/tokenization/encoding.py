@@ -157,7 +157,7 @@ def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
 def _unprefixed(part: Any) -> Any:
     """Change a normalizer or pre-tokenizer so that it adds no space before a text.
 
-    Returns None if the part does nothing else, so that the caller leaves the part out.
+    Returns None if the part does nothing else; the caller then leaves the part out.
     """
     if not isinstance(part, Mapping):
         return part

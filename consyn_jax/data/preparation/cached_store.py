@@ -3,8 +3,8 @@
 Stages: sources, blocks, documents, cleaning, duplicates, splits, token ids, shards. Workers process
 single documents. The main process reads, drops duplicates and writes in document order, so the
 store does not depend on the number of workers. Every few seconds a journal records how much of
-the store is valid. If the preparation is killed, the next one cuts the store back to that point,
-continues from there, and ends with the same bytes.
+the store is valid. If the preparation is killed, the next preparation cuts the store back to that
+point, continues from there, and ends with the same bytes.
 
 This module prints nothing: `Prepared` has the facts for the user, and `progress` is called during
 the work.

@@ -257,7 +257,7 @@ def _compare_record(
 ) -> None:
     """Compare the record of a checkpoint or a model with its weights, and with the run's record."""
     if own.get("weights", {}).get("digest") != weights:
-        found.differs.append(f"weights: {place / PROVENANCE} is about other weights")
+        found.differs.append(f"weights: {place / PROVENANCE} describes other weights")
     if facts is not None:
         # A record of an earlier start need agree only in the facts that all starts share.
         if own["starts"] != facts["starts"]:
@@ -298,7 +298,7 @@ def _note_initial(is_same: bool, origin: Path, found: Findings) -> None:
     if is_same:
         found.agrees.append(f"initial weights: {origin}")
     else:
-        found.differs.append(f"initial weights: {origin} has other weights than the run began with")
+        found.differs.append(f"initial weights: {origin} differs from the recorded weights")
 
 
 def _sha256(file: Path) -> str:
