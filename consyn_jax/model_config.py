@@ -11,7 +11,7 @@ from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import flag
 from consyn_jax.integers import divisors, is_whole, round_up
 
-DTYPES = ("float32", "bfloat16", "float16")  # of weights in files, as config.json names them
+DTYPES = ("float32", "bfloat16", "float16")  # number types of weights, as in config.json
 # Fields that must agree with the weights of a model; context, rotation and windows may differ.
 WEIGHT_SHAPES = (
     *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
@@ -280,7 +280,7 @@ class ModelConfig:
         return tuple(self.sliding_window if has else None for has in layers)
 
 
-ALL_LINEAR = "all-linear"  # PEFT's name of all matrices of the blocks
+ALL_LINEAR = "all-linear"  # PEFT's name for all matrices of the blocks
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -29,7 +29,7 @@ from consyn_jax.prepare_config import PrepareConfig
 from consyn_jax.remote.urls import understood
 from consyn_jax.validation import validate, validate_preparation
 
-DEFAULT_EPOCHS = 3.0  # of a run without a budget
+DEFAULT_EPOCHS = 3.0  # epochs of a run without a budget
 _BUDGETS = ("epochs", "max_steps", "total_tokens")
 # Values that depend on the model and on each other, and are filled in last.
 _FITTED = ("head_dim", "num_kv_heads", "max_tokens")

@@ -29,7 +29,7 @@ int32, and "loss_mask" in bool. Their shape is [accumulation_steps, sequences, T
 [sequences, T] in evaluation.
 """
 Rows = slice | np.ndarray
-POLL_S = 0.2  # between two calls of `interrupted` while waiting
+POLL_S = 0.2  # seconds between two calls of `interrupted` while waiting
 In = TypeVar("In")
 Out = TypeVar("Out")
 

@@ -129,7 +129,7 @@ def understood(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     changed: dict[str, Any] = {}
     for name in sorted(values.keys() & (READ | LOCAL | ADDRESSES | {REMOTE})):
-        # An empty path would be the current directory. A variable that is not set makes one.
+        # An empty path would be the current directory. An unset shell variable gives an empty path.
         if "" in (values[name] if isinstance(values[name], tuple) else (values[name],)):
             raise UserError(f"--{name} has an empty value. Give one, or leave --{name} out.")
     for name in values.keys() & (READ | LOCAL | {REMOTE}):

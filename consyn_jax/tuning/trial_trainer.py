@@ -58,7 +58,7 @@ def trainer_of_study(
             package is missing.
     """
     first = {dimension.name: dimension.ends[0] for dimension in space}
-    points = points_to_check(flags_of_programs(space, varied))  # others change no program
+    points = points_to_check(flags_of_programs(space, varied))  # other flags change no program
     if len(points) > MOST_BUILDS:
         points = [points[0], *random.Random(0).sample(points[1:], MOST_BUILDS - 1)]
     found: ConsynTrainer | None = None
@@ -74,7 +74,7 @@ def trainer_of_study(
         else:
             return found
     values, cause = refused[0]
-    if len({str(error) for _, error in refused}) == 1:  # the values are not its cause
+    if len({str(error) for _, error in refused}) == 1:  # the values are not the cause
         raise UserError(str(cause)) from cause
     raise refusal(values, str(cause)) from cause
 

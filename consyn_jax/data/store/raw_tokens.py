@@ -25,8 +25,8 @@ from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 
 SEARCH_TOKENS = 1 << 18
-LOOK_S = 5.0  # between two checks for changes of a file
-FEWEST_WIDE = 16  # fewest numbers from which a wider type is recognised
+LOOK_S = 5.0  # seconds between two checks for changes of a file
+FEWEST_WIDE = 16  # fewest numbers needed to recognise a wider type
 SAMPLES, SAMPLE_TOKENS = (
     16,
     2048,

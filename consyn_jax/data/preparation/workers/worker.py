@@ -157,7 +157,7 @@ class Worker:
                 else:
                     kept.append(found)
                     self._look(found, result)
-        except (_Fault, UserError) as fault:  # UserError: the file is gone when a line is looked up
+        except (_Fault, UserError) as fault:  # UserError: `_line` cannot open the file any more
             result.fault = str(fault)
         return kept, result
 
