@@ -148,7 +148,7 @@ def check_owner(place: Path, run: object, step: int, own: RunRecord) -> None:
         raise UserError(
             f"{place} is a checkpoint of another run (with identity {short(run)}; the run in "
             f"{place.parent.parent} has identity {short(own.run)}). Move the checkpoint elsewhere "
-            "and run the same command again, or give the step of another checkpoint with --resume."
+            "and run the same command again, or resume from another checkpoint with --resume STEP."
         )
 
 
