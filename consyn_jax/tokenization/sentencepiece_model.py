@@ -196,7 +196,7 @@ def _user_defined(pieces: list[Piece]) -> dict[str, Any] | None:
 
     The pieces are not added tokens, because an extra space would follow an added token. A BPE model
     with such pieces has `ignore_merges`: it looks up a whole word before it merges. The
-    pre-tokenizer therefore also splits the text of control tokens, so that the lookup finds none.
+    pre-tokenizer therefore also splits the text of control tokens, so that no lookup finds one.
     """
     found = sorted((p.text for p in pieces if p.kind == USER_DEFINED), key=len, reverse=True)
     if not found:
