@@ -158,8 +158,8 @@ def _understood(name: str, value: Any) -> Any:
     if scheme not in BUCKETS:
         raise UserError(
             f"--{name} {shown(value)}: {scheme}:// is not supported. Use s3://, gs:// or hf://, "
-            "or download the data and give its path. To copy a run to a bucket, use consyn-train "
-            "--remote."
+            "or download the data and give its path; consyn-train --remote copies a run to a "
+            "bucket."
         )
     parse(value, name)
     return value
