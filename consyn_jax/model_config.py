@@ -11,7 +11,7 @@ from consyn_jax.errors import UserError, nearest
 from consyn_jax.flags import flag
 from consyn_jax.integers import divisors, is_whole, round_up
 
-DTYPES = ("float32", "bfloat16", "float16")  # of weights in files, as config.json names them
+DTYPES = ("float32", "bfloat16", "float16")  # number types of weights, as in config.json
 # Fields that must agree with the weights of a model; context, rotation and windows may differ.
 WEIGHT_SHAPES = (
     *("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
@@ -98,7 +98,7 @@ class FileFormat:
             represent the model.
         dtype: The number type of the tensors, one of `DTYPES`.
         other_dtypes: Tensors with another number type, each as "name=type".
-        has_tied_head: The files also contain a copy of a tied output embedding.
+        has_tied_head: Whether the files also contain a copy of a tied output embedding.
         config: The config.json that the model was loaded with.
     """
 
@@ -122,8 +122,8 @@ class ModelConfig:
         qkv_bias: Whether the query, key and value projections have a bias.
         output_bias: Whether the attention output projection has a bias.
         mlp_bias: Whether the gate, up and down projections have a bias.
-        window_layers: For each layer, whether it uses the sliding window; None: all layers do.
-        rotary_layers: For each layer, whether it rotates queries and keys; None: all layers do.
+        window_layers: For each layer, whether it uses the sliding window; None if all layers do.
+        rotary_layers: For each layer, whether it rotates queries and keys; None if all layers do.
         rotary_fraction: Share of the elements of a head that are rotated.
         eos_token_id: Id of the end-of-text token; a tuple if several ids end a text.
         generation_config: Text of the checkpoint's generation_config.json, which exports copy.
@@ -241,7 +241,7 @@ class ModelConfig:
                 )
 
     def saved_as(self, dtype: str | None) -> ModelConfig:
-        """The configuration with another number type for saved weights (None: unchanged)."""
+        """The configuration with `dtype` for saved weights; if it is None, this configuration."""
         if dtype is None:
             return self
         if dtype not in DTYPES:
@@ -280,7 +280,7 @@ class ModelConfig:
         return tuple(self.sliding_window if has else None for has in layers)
 
 
-ALL_LINEAR = "all-linear"  # PEFT's name of all matrices of the blocks
+ALL_LINEAR = "all-linear"  # PEFT's name for all matrices of the blocks
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

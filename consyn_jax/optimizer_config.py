@@ -47,14 +47,15 @@ class Optimizer:
             required.
         lr_bounds: lowest usual peak rate of pretraining, and highest usual peak rate of full
             fine-tuning.
-        lr_range: range of `--lr_find`, from a rate too low to change the loss to a rate too high to
-            train.
-        block_matrices_only: the rule updates only the matrices inside the blocks. AdamW updates all
-            other parameters.
-        layerwise: the update of a layer does not depend on other layers, and the state has only
-            moments, so `--optimizer_memory host` can update one layer at a time.
-        scale_free: the size of an element's update does not depend on the size of its gradient.
-        averages_weights: evaluation and export use an average of the weights, stored in float32.
+        lr_range: lowest and highest rate of `--lr_find`. The lowest hardly changes the loss, and
+            training diverges at the highest.
+        block_matrices_only: whether the rule updates only the matrices inside the blocks. AdamW
+            then updates all other parameters.
+        layerwise: whether `--optimizer_memory host` can update one layer at a time: the update of a
+            layer does not depend on other layers, and the state has only moments.
+        scale_free: whether the size of an element's update is independent of the gradient's size.
+        averages_weights: whether evaluation and export use an average of the weights, which is
+            stored in float32.
         unused: flags among `--beta1`, `--beta2` and `--eps` that the rule does not use.
     """
 
@@ -134,13 +135,13 @@ class OptimizerOptions:
 
     optimizer: str = flag(
         "adamw",
-        "update rule (muon: for the matrices inside the blocks, with adamw for the rest)",
+        "update rule (muon updates the matrices inside the blocks, and adamw the rest)",
         choices=tuple(OPTIMIZERS),
         math=True,
     )
     lr: float | None = flag(
         None,
-        "peak learning rate (default: that of --model, times "
+        "peak learning rate (from --model, with a factor of "
         f"{_each(lambda rule: rule.factors.get('lr'))})",
         aliases=("learning_rate",),
         math=True,
@@ -165,8 +166,8 @@ class OptimizerOptions:
     base_head_dim: int = flag(32, "width of an attention head of mup's base model", math=True)
     weight_decay: float | None = flag(
         None,
-        "decoupled weight decay of matrices, not of norms and biases (default: that of --model, "
-        f"times {_each(lambda rule: rule.factors.get('weight_decay'))})",
+        "decoupled weight decay of matrices, not of norms and biases (from --model, with a "
+        f"factor of {_each(lambda rule: rule.factors.get('weight_decay'))})",
         math=True,
     )
     beta1: float = flag(
@@ -223,7 +224,8 @@ class OptimizerOptions:
     decay_from: int | None = flag(
         None,
         "start a new run in OUTPUT-decay-STEP from checkpoint STEP of --output, which must be a "
-        "wsd or constant run; the rate decays over the last --decay_ratio of all steps",
+        "wsd or constant run; the new run only decays the rate, over the share --decay_ratio of "
+        "all steps",
         math=True,
     )
     plateau_factor: float = flag(

@@ -29,7 +29,7 @@ from consyn_jax.prepare_config import PrepareConfig
 from consyn_jax.remote.urls import understood
 from consyn_jax.validation import validate, validate_preparation
 
-DEFAULT_EPOCHS = 3.0  # of a run without a budget
+DEFAULT_EPOCHS = 3.0  # epochs of a run without a budget
 _BUDGETS = ("epochs", "max_steps", "total_tokens")
 # Values that depend on the model and on each other, and are filled in last.
 _FITTED = ("head_dim", "num_kv_heads", "max_tokens")
@@ -58,7 +58,7 @@ def resolve(
         given: values by flag name, as strings or of the right type; they override all others.
         file: the content of a `--config` file, by flag name.
         given_as: how `origins` and messages name the source of `given`: "flag" or "keyword".
-        defaults: values instead of the flags' own defaults; they do not count as given.
+        defaults: values that replace the flags' defaults; they do not count as given.
 
     Returns:
         The run, and the origin of every value by flag name ("default", "preset haiku",
@@ -202,7 +202,10 @@ def _fill(values: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def _fill_recipe(values: dict[str, Any], origins: dict[str, str]) -> None:
-    """Fill in missing values from the recipes of model, fine-tuning and LoRA; later ones win."""
+    """Fill in missing values from the recipes for the model, fine-tuning and LoRA.
+
+    A later recipe overrides an earlier one.
+    """
     recipe, origin = PRESETS.get(values["model"], OTHER_RECIPE), _recipe_origin(values["model"])
     named = {name: (value, origin) for name, value in recipe.items() if values[name] is None}
     if values["checkpoint"] is not None:
@@ -333,7 +336,7 @@ def _check_objective(config: RunConfig) -> None:
         )
     terms = {name: getattr(options, name) for name in ("dropout", "label_smoothing", "z_loss")}
     terms["lora_dropout"] = config.lora.lora_dropout
-    # Its loss is a difference of whole sequences' log-probabilities, to which rounding would add.
+    # DPO's loss is a difference of sequences' log-probabilities; rounding would distort it.
     terms["logits_dtype"] = config.hardware.logits_dtype
     for name, value in terms.items():
         if value not in (0, "float32"):

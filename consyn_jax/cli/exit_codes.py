@@ -60,7 +60,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         SIGTERM, a closed terminal or Slurm's warning.
     """
     escape_unprintable()
-    leave_out_overwrite(False)  # an earlier command of this process may have had it
+    leave_out_overwrite(False)  # an earlier command of this process may have set it
     os.umask(os.umask(0o022) | 0o002)  # no new file may be writable by everyone
     try:
         return _outcome(prog, work)
@@ -130,7 +130,7 @@ def _drop_lost_output() -> None:
 
 @contextmanager
 def _unwinding_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+    if threading.current_thread() is not threading.main_thread():  # only it can set handlers
         yield
         return
     unwind = _Unwinding()

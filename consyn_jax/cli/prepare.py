@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[PrepareConfig, dict[str, str], str]:
-    """Parse a command line into a configuration, the origins of its values, and the mode or "".
+    """Parse a command line into a configuration, the origins of its values, and a mode.
 
     Raises:
         UserError: an unknown flag, an invalid value, or an unreadable `--config` file.
@@ -145,7 +145,7 @@ def _interruption(output: Path) -> str:
 
 
 def _check_outside(used: Iterable[tuple[str, str]], path: Path) -> None:
-    """Raise UserError if one of `used`, the (flag, path) pairs of all input, is in the output."""
+    """Raise UserError if an input is in `path`; `used` has a (flag, path) pair for each input."""
     for name, value in used:
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(
@@ -160,7 +160,7 @@ def _delete_store(config: PrepareConfig, path: Path) -> list[str]:
     All input is checked first, so that wrong input does not lead to the deletion of the old store.
 
     Returns:
-        Sentences about directories of its segments that are not deleted.
+        Sentences about each directory of segments that could not be deleted.
 
     Raises:
         UserError: the input cannot be used or is in `path`, or `path` holds other files or is in
@@ -230,7 +230,7 @@ def _header(config: PrepareConfig) -> list[tuple[str, str]]:
             data.near_duplicates
         ),
     }
-    fraction = f"{data.validation_fraction:.3g} of the documents, or files with validation names"
+    fraction = f"{data.validation_fraction:.3g} of the documents, or files named as validation data"
     validation = listed(data.validation) or (fraction if data.validation_fraction else "none")
     rows = [
         ("data", listed(data.data)),

@@ -29,7 +29,7 @@ int32, and "loss_mask" in bool. Their shape is [accumulation_steps, sequences, T
 [sequences, T] in evaluation.
 """
 Rows = slice | np.ndarray
-POLL_S = 0.2  # between two calls of `interrupted` while waiting
+POLL_S = 0.2  # seconds between two calls of `interrupted` while waiting
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -157,8 +157,8 @@ class prefetch(Generic[Out]):
 
     Args:
         transform: function applied to each item in the thread.
-        interrupted: called while the consumer waits for an item; the iteration ends if it returns
-            true.
+        interrupted: function called while the consumer waits for an item. If it returns true, the
+            iteration ends.
 
     Attributes:
         wait_s: total seconds that the consumer has waited for items.

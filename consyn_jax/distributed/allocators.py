@@ -19,7 +19,10 @@ GPU_DRIVERS = (Path("/proc/driver/nvidia"), Path("/dev/dxg"))  # on Linux, and o
 
 
 def set_allocators() -> None:
-    """Set both allocators for training. Call this before JAX starts; later calls do nothing."""
+    """Configure the GPU and CPU allocators for training.
+
+    Call this before JAX starts; later calls do nothing.
+    """
     use_gpu_memory()
     keep_freed_memory()
 

@@ -356,8 +356,8 @@ def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
 def first_group(rest: str) -> list[int]:
     """Parse the first group of communicating devices, or the first pair of a permutation.
 
-    XLA writes groups as a list, as the rows of a reshaped iota ("V2"), or as axes of a mesh in the
-    same attribute ("V3"). The result is empty if the text has another form.
+    XLA writes groups as a list, as the rows of a reshaped iota ("V2"), or as axes of a mesh ("V3").
+    The result is empty if the text has another form.
 
     >>> first_group("replica_groups={{0,2},{1,3}}")
     [0, 2]

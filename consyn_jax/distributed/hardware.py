@@ -268,7 +268,7 @@ GPUS: tuple[Gpu, ...] = (
 DESCRIBED = {gpu.key: gpu for gpu in GPUS if isinstance(gpu, DescribedGpu)}
 
 
-# Words in the names of other variants of a chip in the table, and of parts of a chip (MIG).
+# Words in the names of variants of the chips in the table, and of parts of a chip (MIG).
 OTHER_CHIPS = re.compile(r"\b(D|Ti|SUPER|Laptop|Max-Q|MIG)\b", re.IGNORECASE)
 
 

@@ -127,7 +127,7 @@ def _devices(software: Software, num_gpus: int) -> Finding:
             advice = f"Unset {limits[0].partition('=')[0]} if the run should use all GPUs."
             return Finding("devices", WARN, f"{found}; {', '.join(limits)}", advice)
         advice = (
-            "Correct what fails above. If nothing does, the output of "
+            "Correct what fails above. If no other check fails, the output of "
             "python -c 'import jax; jax.devices()' says why JAX finds no GPU."
         )
         return Finding("devices", FAIL, found, advice)

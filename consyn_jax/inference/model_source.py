@@ -57,8 +57,8 @@ class ModelSource:
         taken: Description of the chosen model: "final/ of the run runs/verse".
         directory: The directory of the model or checkpoint.
         tokenizer: The model's own tokenizer; None if it has none.
-        load: Function that reads the weights onto a given mesh (None: the first device), and
-            converts them to a given number type.
+        load: Function of a mesh and a number type, which reads the weights onto the mesh in this
+            type. Without a mesh, it reads them onto the first device.
         run: The run that the model comes from; None for other models.
         step: The step of a checkpoint; None for other models.
         base: Name of the base model into which `load` merges an adapter; None without an adapter.
@@ -210,7 +210,7 @@ def _from_checkpoint(name: str, run: Path, step: int) -> ModelSource:
 
 
 def shapes_on(config: ModelConfig, mesh: Mesh | None, dtype: Any) -> Params:
-    """Shapes, number types and shardings of a model's parameters on a mesh (None: one device)."""
+    """Shapes, number types and shardings of a model's parameters on a mesh, or on one device."""
     return on_mesh(layout(config), mesh, dtype)
 
 

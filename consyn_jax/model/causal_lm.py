@@ -95,7 +95,7 @@ class ConsynLMHeadModel(Decoder):
 
         Raises:
             UserError: `config` is neither a preset's name nor a `ModelConfig`, or `seed` is not a
-                whole number from 0.
+                whole number of at least 0.
         """
         made = preset_architecture(config) if isinstance(config, str) else checked_config(config)
         params = initial_parameters(made, checked_seed(seed), base=base)

@@ -64,8 +64,8 @@ def scatter_rows(
 ) -> Float[Array, "rows D"]:
     """Sum the rows of `x` into a float32 table of zeros, each at its row index in `at`.
 
-    Rows with an index outside the table are dropped. A GPU would use atomic operations, which add
-    the rows in a different order each time.
+    Rows with an index outside the table are dropped. On a GPU, use `sum_rows_in_order` instead,
+    because XLA would use atomic operations, which add the rows in a different order each time.
     """
     return jnp.zeros((rows, x_nD.shape[1])).at[at_n].add(x_nD.astype(jnp.float32), mode="drop")
 

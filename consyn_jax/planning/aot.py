@@ -83,8 +83,8 @@ class CompiledProgram:
     """Facts about a compiled train step; bytes are per device unless stated otherwise.
 
     Attributes:
-        parameter_bytes, optimizer_bytes: size of the parameters and of the optimizer's state,
-            without moments in host memory.
+        parameter_bytes, optimizer_bytes: size of the parameters and of the optimizer's state.
+            Moments in host memory are not counted.
         argument_bytes: the training state and one batch; the new state reuses the old state's
             memory.
         temporary_bytes: peak memory of everything else, such as activations, gradients and
@@ -95,8 +95,8 @@ class CompiledProgram:
             of instructions that call it.
         collectives: the collectives of a step. None for TPUs: their compiler does not write how
             often loops run, and it splits collectives into pieces inside matmuls.
-        update_bytes: bytes that the optimizer reads and writes, including gradient norm and
-            clipping, without moments in host memory. None for TPUs, because their programs
+        update_bytes: bytes that the optimizer reads and writes, also for the gradient norm and
+            clipping. Moments in host memory are not counted. None for TPUs, because their programs
             do not name the optimizer's instructions.
         hidden_share: the share of the collectives' time that the compiler's schedule overlaps with
             matmuls (planning/timeline.py). None for TPUs, whose times are unknown.
@@ -152,8 +152,8 @@ def check_packages(compiler: str = "cuda") -> None:
     devices, extra, _ = COMPILERS[compiler]
     if not packages_are_there(compiler):
         raise UserError(
-            f"Compiling for {devices} needs the packages of the extra {extra}, but no device. "
-            f"Install them with: pip install 'consyn_jax[{extra}]'."
+            f"Compiling for {devices} needs no device, but it needs the packages of the extra "
+            f"{extra}. Install them with: pip install 'consyn_jax[{extra}]'."
         )
 
 

@@ -29,9 +29,9 @@ def ring_seconds(
 ) -> float:
     """Seconds of an all-gather or reduce-scatter along axes of the mesh, by a ring.
 
-    Each of the n GPUs sends (n - 1) / n of the payload. If the ring crosses hosts, the network
-    ports of its GPUs on a host work in parallel. These ports together, or the link between two GPUs
-    of a host if it is slower, determine the rate. Each hop adds a delay.
+    Each of the n GPUs sends (n - 1) / n of the payload, and each hop adds a delay. If the ring
+    crosses hosts, its GPUs on a host use their network ports in parallel. The rate is then the sum
+    of these ports' rates, or the rate of a link inside a host, whichever is lower.
 
     Args:
         payload: bytes of the whole arrays.
@@ -77,7 +77,7 @@ def _group(axes: Axes, sizes: tuple[tuple[str, int], ...], gpus_per_host: int) -
 def network_of(
     communicated: Iterable[Collective], sizes: Mapping[str, int], topology: GpuTopology
 ) -> dict[Axes, float]:
-    """Estimate the seconds that collectives take, as one sum for each set of mesh axes.
+    """Estimate the seconds of collectives, summed for each set of mesh axes.
 
     A collective whose axes are unknown counts as one along all axes.
     """

@@ -22,11 +22,11 @@ class Workload:
 
     Attributes:
         sizes: size of each mesh axis.
-        batch_size: number of sequences in a micro-batch over all GPUs; a preference pair has two.
+        batch_size: number of sequences in a micro-batch over all GPUs, two per preference pair.
         accumulation: number of micro-batches in a step.
         length: number of tokens in a sequence.
         remat: the recomputation policy, a value of `--gradient_checkpointing`.
-        moment_bytes: bytes per parameter of all its moments together.
+        moment_bytes: bytes of optimizer moments per parameter.
         host_moments: whether moments are in host memory and copied to the GPU and back each step.
         fp8: whether the matmuls of the blocks are in 8 bits.
         this_package: whether this package runs the step; False for another training program. The

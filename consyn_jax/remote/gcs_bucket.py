@@ -31,7 +31,7 @@ from consyn_jax.remote.bucket import (
     unreachable,
 )
 
-# Of a resumable upload; a failed part is sent again. Progress is known once for each part.
+# Size of a part of a resumable upload. A failed part is sent again. Progress is shown per part.
 _PART_BYTES = 1 << 23
 _RETRIED_S = 20.0
 
@@ -56,7 +56,7 @@ class GcsBucket:
         return sorted(each, key=lambda stored: stored.key)
 
     def read(self, key: str) -> tuple[bytes, str] | None:
-        """Read a small object and its generation."""
+        """Read a small object and its generation; None if it does not exist."""
         with _told():
             blob = self._bucket.blob(key)
             try:
@@ -80,7 +80,7 @@ class GcsBucket:
             blob.upload_from_file(_Told(file, sent), **self._how)
 
     def put(self, key: str, content: bytes, expected: str | None) -> str | None:
-        """Write a small object if its current version is `expected`."""
+        """Write a small object if its version is `expected`; return the new version, or None."""
         with _told():
             blob = self._bucket.blob(key)
             try:
@@ -101,7 +101,7 @@ class GcsBucket:
 
 
 class _Told:
-    """A file that calls `sent` before each read, when the server has confirmed what was read."""
+    """A file that calls `sent` before each read, with the bytes that the server has confirmed."""
 
     def __init__(self, file: BufferedIOBase, sent: Sent) -> None:
         self._file, self._sent = file, sent

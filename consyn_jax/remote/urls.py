@@ -129,7 +129,7 @@ def understood(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     changed: dict[str, Any] = {}
     for name in sorted(values.keys() & (READ | LOCAL | ADDRESSES | {REMOTE})):
-        # An empty path would be the current directory. A variable that is not set makes one.
+        # An empty path would be the current directory. An unset shell variable gives an empty path.
         if "" in (values[name] if isinstance(values[name], tuple) else (values[name],)):
             raise UserError(f"--{name} has an empty value. Give one, or leave --{name} out.")
     for name in values.keys() & (READ | LOCAL | {REMOTE}):
@@ -157,8 +157,9 @@ def _understood(name: str, value: Any) -> Any:
         return _hub_name(name, value)
     if scheme not in BUCKETS:
         raise UserError(
-            f"--{name} {shown(value)}: {scheme}:// is not supported; s3://, gs:// and hf:// are. "
-            "Download the data, and give its path; consyn-train --remote copies a run to a bucket."
+            f"--{name} {shown(value)}: {scheme}:// is not supported. Use s3://, gs:// or hf://, "
+            "or download the data and give its path; consyn-train --remote copies a run to a "
+            "bucket."
         )
     parse(value, name)
     return value

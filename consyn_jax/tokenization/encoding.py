@@ -22,7 +22,7 @@ from consyn_jax.tokenization.sentencepiece_model import LEADING
 
 SPLITTING = ("normalizer", "pre_tokenizer")
 Before = str | None
-"""Content before a text in its document: "text", "token" (a special token) or None (nothing)."""
+"""The content before a text: "text", "token" (a special token), or None at the document's start."""
 
 
 class TextEncoder:
@@ -128,7 +128,7 @@ def _expressions(content: Any) -> list[str]:
 
 
 def _check_surrogates(texts: Sequence[str]) -> None:
-    """Raise an error that names the first lone surrogate, unlike the error of `tokenizers`."""
+    """Raise an error that names the first lone surrogate; the error of `tokenizers` does not."""
     surrogate = re.compile("[\ud800-\udfff]")
     for text in texts:
         if isinstance(text, str) and (found := surrogate.search(text)):
@@ -157,7 +157,7 @@ def _without_prefix(content: Mapping[str, Any]) -> Tokenizer | None:
 def _unprefixed(part: Any) -> Any:
     """Change a normalizer or pre-tokenizer so that it adds no space before a text.
 
-    Returns None if the part does nothing else, so that the caller leaves the part out.
+    Returns None if the part does nothing else; the caller then leaves the part out.
     """
     if not isinstance(part, Mapping):
         return part

@@ -194,9 +194,9 @@ def _split_of_controls(pieces: list[Piece]) -> dict[str, Any]:
 def _user_defined(pieces: list[Piece]) -> dict[str, Any] | None:
     """Build a pre-tokenizer that splits off user-defined pieces; None if there are none.
 
-    The pieces are not added tokens, because an extra space would follow an added token. With
-    user-defined pieces, a BPE model looks up a whole word before it merges. The pre-tokenizer
-    therefore also splits the text of control tokens, so that no text becomes a control token.
+    The pieces are not added tokens, because an extra space would follow an added token. A BPE model
+    with such pieces has `ignore_merges`: it looks up a whole word before it merges. The
+    pre-tokenizer therefore also splits the text of control tokens, so that no lookup finds one.
     """
     found = sorted((p.text for p in pieces if p.kind == USER_DEFINED), key=len, reverse=True)
     if not found:

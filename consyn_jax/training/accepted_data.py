@@ -43,10 +43,10 @@ def as_source(
 
     Args:
         vocab_size: Size of the vocabulary; all ids must be below it.
-        name: Name of the data in messages; batches of "eval_dataloader" may have any size.
+        name: Name of the data in messages. If it is "eval_dataloader", batches may have any size.
 
     Raises:
-        UserError: The data is of another kind, an id is outside the vocabulary, no token is a
+        UserError: The data is of no accepted kind, an id is outside the vocabulary, no token is a
             target, sequences or batches have the wrong size, or there is no EOS id for token lists.
     """
     data = recognise(data, name)
@@ -108,7 +108,7 @@ def check_held_out(training: Any, evaluation: Any) -> None:
     have different fractions, a document can be in the training data and in the evaluation data.
 
     Raises:
-        UserError: both have been prepared from the same source, but differently.
+        UserError: Training and evaluation data share a source, but have different options.
     """
     for train, held_out in itertools.product(_parts(training), _parts(evaluation)):
         both = isinstance(train, ConsynDataset) and isinstance(held_out, ConsynDataset)

@@ -24,7 +24,7 @@ def model_tokenizer(model: Any, made_by: BPETokenizer | None) -> BPETokenizer | 
         return own or made_by
     if own.sha256 != made_by.sha256:
         raise UserError(
-            f"The data was made with another tokenizer than the model in {model.source}. Pass "
+            f"The data and the model in {model.source} have different tokenizers. Pass "
             "tokenizer=model.tokenizer to get_dataset, or the data's tokenizer to ConsynTrainer."
         )
     return own

@@ -73,7 +73,7 @@ class RunInputs:
         callbacks: Functions that make the user's callbacks.
         signals: Record of received signals, if the process already keeps one; otherwise None.
         exports_model: Whether the run writes best/, final/ and loss.png, and generates samples.
-        is_trial: Whether the run is a trial of a study, to which its directory belongs.
+        is_trial: Whether the run is a trial of a study, which then owns the run directory.
         began: `time.perf_counter()` when this start began, before it prepared data and model. The
             run's time counts from then.
     """

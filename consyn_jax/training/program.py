@@ -86,7 +86,7 @@ EVAL_AXES = ("batch", "sequence")  # [B, T]
 
 @dataclass(frozen=True)
 class Program:
-    """The model, loss, optimizer and mesh of a run, from which its programs are made.
+    """The model, loss, optimizer and mesh of a run, and methods that lower its steps.
 
     Args:
         optimizer: The optimizer, including its schedule.
@@ -95,7 +95,8 @@ class Program:
         seed: Random seed of dropout.
         max_nonfinite_steps: Number of consecutive non-finite steps after which the state is frozen.
         host_moments: Whether the moments are in host memory (training/optim/offload.py).
-        schedule: Learning-rate schedule, for `learning_rate`; None if updates are not counted.
+        schedule: Learning-rate schedule. If it is None, the state has no count of updates, and
+            `learning_rate` cannot be used.
         lora: Options of an adapter. If one is used, the parameters are those of the adapter, and
             every batch includes the frozen weights as `BASE`.
         base_types: Dtypes of the frozen weights; None without an adapter.
@@ -161,7 +162,7 @@ class Program:
     def chunks(self) -> Chunks:
         """The chunk size and memory layout of the logits that suit the devices.
 
-        On CPUs, only float32 uses `CPU_CHUNKS`: XLA may not support this layout in narrower dtypes.
+        On CPUs, only float32 uses `CPU_CHUNKS`, because XLA may lack this layout for other dtypes.
         """
         device = self.mesh.devices.flat[0]
         is_plain_cpu = device.platform == "cpu" and self.compute.dtype == jnp.float32

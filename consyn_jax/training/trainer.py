@@ -93,7 +93,7 @@ class ConsynTrainer:
         UserError: A setting or the data is wrong; `train` checks devices and directories.
     """
 
-    began: float | None = None  # `time.perf_counter()` at the start; None if `train` is the start
+    began: float | None = None  # `time.perf_counter()` at the start; None for the time of `train`
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class ConsynTrainer:
                 self._take_over(training.newest_params())
             raise
         self.run, params = outcome.run, outcome.params
-        if params is None and isinstance(self.model, ConsynLMHeadModel):  # it was complete already
+        if params is None and isinstance(self.model, ConsynLMHeadModel):  # already complete
             params = self._files.load(run_path(self.run) / "final", self.model.config, None)
         self._take_over(params)
         return outcome.metrics

@@ -45,20 +45,20 @@ def refusing_values() -> Iterator[None]:
 def trainer_of_study(
     space: Sequence[Dimension], varied: VariedRun, make: Callable[[Settings], ConsynTrainer]
 ) -> ConsynTrainer:
-    """Check that this machine can train some trial, and return a trainer for facts of the study.
+    """Check that this machine can train some trial, and return a trainer that describes the study.
 
-    These facts must not depend on the machine. The trainer is therefore that of the first values
-    that `make` accepts, even if this machine cannot build its program.
+    The description must not depend on the machine. The trainer therefore has the first values that
+    `make` accepts, even if this machine cannot build a program for these values.
 
     Args:
         make: function that returns the trainer of a run.
 
     Raises:
-        UserError: none of the trials can be built; up to `MOST_BUILDS` are tried. Or a file or a
+        UserError: none of the trials can be built (up to `MOST_BUILDS` are tried), or a file or
             package is missing.
     """
     first = {dimension.name: dimension.ends[0] for dimension in space}
-    points = points_to_check(flags_of_programs(space, varied))  # others change no program
+    points = points_to_check(flags_of_programs(space, varied))  # other flags change no program
     if len(points) > MOST_BUILDS:
         points = [points[0], *random.Random(0).sample(points[1:], MOST_BUILDS - 1)]
     found: ConsynTrainer | None = None
@@ -74,7 +74,7 @@ def trainer_of_study(
         else:
             return found
     values, cause = refused[0]
-    if len({str(error) for _, error in refused}) == 1:  # the values are not its cause
+    if len({str(error) for _, error in refused}) == 1:  # the values are not the cause
         raise UserError(str(cause)) from cause
     raise refusal(values, str(cause)) from cause
 

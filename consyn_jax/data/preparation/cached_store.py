@@ -3,8 +3,8 @@
 Stages: sources, blocks, documents, cleaning, duplicates, splits, token ids, shards. Workers process
 single documents. The main process reads, drops duplicates and writes in document order, so the
 store does not depend on the number of workers. Every few seconds a journal records how much of
-the store is valid. If the preparation is killed, the next one cuts the store back to that point,
-continues from there, and ends with the same bytes.
+the store is valid. If the preparation is killed, the next preparation cuts the store back to that
+point, continues from there, and ends with the same bytes.
 
 This module prints nothing: `Prepared` has the facts for the user, and `progress` is called during
 the work.
@@ -61,7 +61,7 @@ class Prepared:
     Attributes:
         store: the tokens; `store.tokenizer` made them.
         used: the sources that were read.
-        left_out: (file, reason) for each file in a given directory that was skipped.
+        left_out: (file, reason) for each skipped file of a given directory.
         report: counts of the preparation, empty for data that was tokenised already.
         from_cache: whether the store was already complete in the cache.
         validation: the sources in `used` that are validation data.
@@ -108,7 +108,7 @@ def prepare(
 
     Args:
         tokenizer: used instead of the tokenizer that the options name.
-        output: directory of the store; None puts it into the cache, under a hash of its content.
+        output: directory of the store; None for one in the cache, named by a hash of all inputs.
         test_fraction: share of the documents that becomes the split "test".
         engine: where the workers run; None for processes of this machine.
 
@@ -143,7 +143,7 @@ def start(
     """Start `prepare` in the background, with the store in the cache.
 
     Raises:
-        UserError: a mistake was found before the first document is read (see `prepare`).
+        UserError: `prepare` would raise this error before it reads the first document.
     """
     corpus, held_out = find(options)
     if corpus.sources[0].kind == "sharded":
@@ -166,7 +166,7 @@ class Growing:
         tokenizer: the tokenizer of the store.
         chat_template: the Jinja template that formats conversations.
         key: hash of the data, the rules and the tokenizer; known before the data is read.
-        left_out: (file, reason) for each file in a given directory that is skipped.
+        left_out: (file, reason) for each skipped file of a given directory.
         sources, validation: all sources that are read, and those for validation.
         prepared: the result of `prepare`; None until the preparation is complete.
     """
@@ -321,8 +321,8 @@ def _given(
     stores = [TokenStore(source.name) for source in sources]
     if tokenizer is not None and tokenizer.sha256 != stores[0].manifest["tokenizer_sha256"]:
         raise UserError(
-            f"The token store {name} was made with another tokenizer than --tokenizer or "
-            "--checkpoint gives. Prepare the text again with consyn-prepare --tokenizer PATH, "
+            f"The token store {name} was made with a tokenizer other than that of --tokenizer or "
+            "--checkpoint. Prepare the text again with consyn-prepare --tokenizer PATH, "
             "or leave both flags out."
         )
     store = stores[0] if len(stores) == 1 else JoinedStores(stores)

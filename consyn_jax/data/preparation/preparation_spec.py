@@ -52,8 +52,8 @@ USED_FOR_VALIDATION = "is validation data"
 Progress = Callable[[str, int, int], None]
 """Function called with the stage, the bytes done, and the total bytes (0 if unknown).
 
-The stages are "hash", "train tokenizer" and "tokenize"; of many writers also "look" before
-"tokenize", and "deduplicate" and "write" after it.
+The stages are "hash", "train tokenizer" and "tokenize". With many writers, "look" comes before
+"tokenize", and "deduplicate" and "write" come after it.
 """
 
 
@@ -116,7 +116,7 @@ class Spec:
 
 
 def find(options: CorpusOptions) -> tuple[Corpus, Corpus]:
-    """Find the sources of `--data` and of `--validation`; name files that are left out as given.
+    """Find the sources of `--data` and of `--validation`; name skipped files by the user's URLs.
 
     Raises:
         UserError: data is missing or unusable, or an option is out of its range.
@@ -277,7 +277,7 @@ def key_of(spec: Spec, contents: Sequence[Sequence[Any]]) -> str:
     The names and directories of the files do not count.
 
     Args:
-        contents: what `contents_of` returns.
+        contents: the result of `contents_of`.
     """
     recipe = {
         name: value for name, value in dataclasses.asdict(spec.options).items() if name in RECIPE

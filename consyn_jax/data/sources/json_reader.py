@@ -135,7 +135,7 @@ def _array(name: str, stream: ByteStream, start: Position) -> Iterator[Block]:
 def _elements(
     name: str, stream: ByteStream, start: Position
 ) -> Iterator[tuple[int, str, Position]]:
-    """Yield (line, element as text, position after it); positions count bytes and lines."""
+    """Yield (line, element as text, end position); positions count bytes and lines."""
     stream.skip(start[0])
     at, line = start[0], start[1] + 1
     # Keep invalid UTF-8 here; the workers repair or refuse the row.

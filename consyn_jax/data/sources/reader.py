@@ -63,7 +63,7 @@ class Block:
         file_bytes: number of bytes of the source's file read so far, for progress.
         begins: whether a part is the first of its document.
         last: whether a part is the last of its document.
-        split: the split of the documents; None if a hash of their text decides.
+        split: the split of the documents; None if a hash of the text decides the split.
         numbers: number of each row in the source, if rows are not lines of a file.
         unread: columns of a table that were not read, because no option needs them.
     """
@@ -85,7 +85,7 @@ class Block:
     def each_of_rows(
         cls, name: str, rows: Iterable[tuple[int, bytes, Position]], stream: ByteStream
     ) -> Iterator[Block]:
-        """Group rows into blocks; a row is (number, JSON without newlines, position after it)."""
+        """Group rows into blocks; a row is (number, JSON without newlines, end position)."""
         found: list[bytes] = []
         numbers: list[int] = []
         size, end = 0, START
@@ -273,7 +273,7 @@ class Candidate:
 
     @cached_property
     def _beginning(self) -> tuple[bytes, str]:
-        """The head of the file, and the fault that prevents reading it, or ""."""
+        """The head of the file, and the reason why it cannot be read; "" if there is none."""
         try:
             with ByteStream(self.path) as stream:
                 return stream.read(HEAD_BYTES), ""
@@ -292,7 +292,7 @@ def inner_suffix(path: Path) -> str:
 
 
 def binary_fault(data: bytes, *, complete: bool) -> str:
-    r"""Return the reason, with the position, why `data` is not UTF-8 text, or "".
+    r"""Say at which position and why `data` is not UTF-8 text; "" if it is text.
 
     Args:
         data: the beginning of a file.

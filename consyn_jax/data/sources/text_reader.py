@@ -163,7 +163,7 @@ def _long(
 
 
 class _Document:
-    """Iterates over the bytes before the next separator; the bytes after it go to `rest`."""
+    """Iterates over a document's bytes; the bytes after its separator go to `rest`."""
 
     def __init__(self, stream: ByteStream, begun: bytes, separator: bytes) -> None:
         self.stream, self.begun, self.separator = stream, begun, separator

@@ -25,8 +25,8 @@ from consyn_jax.errors import UserError
 from consyn_jax.tokenization import BPETokenizer
 
 SEARCH_TOKENS = 1 << 18
-LOOK_S = 5.0  # between two checks for changes of a file
-FEWEST_WIDE = 16  # fewest numbers from which a wider type is recognised
+LOOK_S = 5.0  # seconds between two checks for changes of a file
+FEWEST_WIDE = 16  # fewest numbers needed to recognise a wider type
 SAMPLES, SAMPLE_TOKENS = (
     16,
     2048,
@@ -214,7 +214,7 @@ class RawShard(Tokens):
     def begins_document(self) -> bool:
         """Whether the first token begins a document.
 
-        Otherwise its document began in an earlier file.
+        Otherwise the document began in an earlier file.
         """
         return self._follows is None or self._follows.ends_document
 
@@ -262,7 +262,7 @@ class RawTokens:
         splits: the splits by name; their `num_documents` and `num_bytes` are None.
 
     Raises:
-        UserError: a file has another type or is damaged, or no file is left to train on.
+        UserError: a file has an unsupported type or is damaged, or no file is left to train on.
     """
 
     holds_pairs = False
@@ -332,7 +332,7 @@ def raw_split(parts: Sequence[tuple[Path, int, int]], vocab_size: int, eos_id: i
     """Build a split from the tokens start .. stop of each file, in order.
 
     Raises:
-        UserError: a file is missing, of another type or damaged.
+        UserError: a file is missing, has an unsupported type, or is damaged.
     """
     opened = [(_RawFile(path, vocab_size), start, stop) for path, start, stop in parts]
     return _joined(opened, eos_id)

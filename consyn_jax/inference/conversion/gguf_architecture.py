@@ -194,7 +194,8 @@ def reordered(
     """Reorder the rows of query and key projections to the architecture's rotation order.
 
     Args:
-        name: Hugging Face's name of the tensor; other tensors are returned unchanged.
+        name: Hugging Face's name of the tensor. All tensors except these projections are returned
+            unchanged.
         back: Whether to reorder from GGUF to Hugging Face instead.
     """
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}

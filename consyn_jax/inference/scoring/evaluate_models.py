@@ -88,8 +88,8 @@ class Evaluation:
 def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
     """Return records of a model's answers, by task.
 
-    The first records are about questions: the generated text, and whether it is right. The later
-    records are about requests with given answers: the log-likelihood of each answer.
+    The first records have the generated text for each question, and whether it is right. The later
+    records have the log-likelihood of each given answer to a request.
     """
     return {
         scores.task.name: [
@@ -110,7 +110,7 @@ def _answers(model: Evaluated) -> dict[str, list[dict[str, Any]]]:
 
 
 def _judged(asked: Question, text: str) -> dict[str, bool]:
-    """Return, by metric, whether the text answers the question correctly."""
+    """Return for each metric whether the text answers the question correctly."""
     metrics = TAKEN if has_number(asked) else ("exact_match",)
     return {metric: is_right(metric, asked, text) for metric in metrics}
 

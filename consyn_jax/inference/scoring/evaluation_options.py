@@ -19,7 +19,7 @@ class EvaluateModelOptions:
         "otherwise the newest checkpoint), RUN/checkpoints/STEP, or hub ids; the name of this "
         "flag may be left out",
     )
-    step: int | None = flag(None, "use the checkpoint of this step of each run")
+    step: int | None = flag(None, "step of the checkpoint to use from each run")
     tokenizer: str | None = flag(
         None, "tokenizer for models that have none: a path, a hub id, 'default' or 'bytes'"
     )
@@ -179,7 +179,7 @@ def validate_evaluation(config: EvaluateConfig) -> None:
 
 
 def refuse_given(options: Any, why: str) -> None:
-    """Raise an error if the user sets a flag of a group that has no effect.
+    """Raise an error if the user sets any flag of a group, because the group has no effect.
 
     Args:
         options: Values of the group of flags.

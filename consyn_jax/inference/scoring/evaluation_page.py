@@ -14,7 +14,7 @@ td span { display: block; color: var(--soft); font-size: 12px; }
 td svg { display: block; margin-top: 3px; }
 .plain { color: var(--soft); font-size: 12.5px; }
 """
-WIDTH, HEIGHT, EDGE = 160, 10, 4  # of the drawing of an interval
+WIDTH, HEIGHT, EDGE = 160, 10, 4  # sizes in the drawing of an interval
 
 
 def evaluation_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:

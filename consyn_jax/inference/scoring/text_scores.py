@@ -13,7 +13,7 @@ from consyn_jax.inference.scoring.documents import Documents, TokenDocument
 from consyn_jax.inference.scoring.text_windows import Window, windows
 from consyn_jax.scoring.scorer import Scorer, Wanted
 
-GROUP_TOKENS = 1 << 20  # tokens of windows that are sorted by length together
+GROUP_TOKENS = 1 << 20  # tokens in a group of windows, which are sorted by length
 
 Progress = Callable[[int, int], None]
 """Function called with the number of tokens read so far, and the total number of tokens."""
@@ -158,7 +158,7 @@ def _checked(scorer: Scorer, window: int | None, stride: int | None) -> tuple[in
 def _by_unit(
     sums: list[tuple[int, float, int]], documents: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return nats and numbers of tokens, each per unit, and the name of the unit.
+    """Return the nats and the number of tokens of each unit, and the name of the unit.
 
     The unit is a document, or a window if there is only one document.
 

@@ -60,7 +60,11 @@ class _Weight(NamedTuple):
 def _scaled_dot(
     a: jax.Array, b: jax.Array, axes: Any, scale: Float[Array, ""], dtype: Any
 ) -> jax.Array:
-    """Multiply the 8-bit values, then apply both scales, so that XLA always uses 8-bit kernels."""
+    """Multiply 8-bit values, then the scale, so that XLA always uses 8-bit kernels.
+
+    Args:
+        scale: Product of the scales of `a` and `b`.
+    """
     product = jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=dtype)
     return product * scale.astype(dtype)
 

@@ -61,11 +61,11 @@ class Checkpoints:
 
     Args:
         keep_last: Number of newest checkpoints to keep.
-        keep_every: Also keep checkpoints whose step is a multiple of this.
+        keep_every: Also keep checkpoints whose step is a multiple of this number.
         warn: Called in the caller's thread with warnings about damaged or unwritten checkpoints.
-        owner: The run to which the checkpoints must belong; None if they may belong to any run.
-        before_commit: Flushes other files of the run before a checkpoint is committed, in process
-            0's background thread; raises `UserError` if the directory belongs to another run.
+        owner: The run to which the checkpoints must belong; None if any run is accepted.
+        before_commit: Function that flushes other files of the run before each commit, in process
+            0's background thread. It raises `UserError` if another run has the directory.
 
     Attributes:
         provenance: Function that makes the content of provenance.json from a step and the hashes of

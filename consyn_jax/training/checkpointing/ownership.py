@@ -148,7 +148,7 @@ def check_owner(place: Path, run: object, step: int, own: RunRecord) -> None:
         raise UserError(
             f"{place} is a checkpoint of another run (with identity {short(run)}; the run in "
             f"{place.parent.parent} has identity {short(own.run)}). Move the checkpoint elsewhere "
-            "and run the same command again, or resume from another one with --resume STEP."
+            "and run the same command again, or resume from another checkpoint with --resume STEP."
         )
 
 
@@ -173,7 +173,7 @@ def check_checkpoint(
 
     Args:
         record: Run record of the checkpoint.
-        own: The run to which it must belong; None if it may belong to any run.
+        own: The run to which the checkpoint must belong; None if any run is accepted.
 
     Raises:
         UserError: The checkpoint belongs to another run, or has the name of another step.

@@ -26,9 +26,9 @@ def complete(raw: Any, labels_are_ids: bool | None = None) -> Batch:
     Without labels, the labels are the next tokens of the sequence. Labels that equal the input_ids
     are shifted by one, because transformers' collators make such labels for models that shift them.
     A token is a target if its label is neither -100 nor -1, its loss_mask is true, and it is not
-    padding. Without segment_ids, `attention_mask` marks the padding, and a row is one document,
-    unless `position_ids` restart: each restart begins another document. Rows of unequal length are
-    padded.
+    padding. Without segment_ids, a row is one document, and `attention_mask` marks its padding. If
+    `position_ids` restart in a row, each restart begins another document. Rows of unequal length
+    are padded.
 
     Args:
         raw: A mapping such as a dict or a `BatchEncoding`, the input_ids alone, or a pair of

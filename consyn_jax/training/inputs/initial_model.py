@@ -98,8 +98,8 @@ def base_on(
     The caller adds this dict to every batch.
 
     Args:
-        untrained: Parameters that a model in memory had before this training; None to use its
-            current ones.
+        untrained: Parameters that a model in memory had before this training; None to use the
+            model's current parameters.
         types: Dtypes of the frozen weights; None without an adapter.
     """
     if types is None:
@@ -133,7 +133,7 @@ def base_of_adapter(model: ConsynLMHeadModel | DeferredModel) -> Base:
 
 
 def weights_of(model: ConsynLMHeadModel | DeferredModel) -> str | None:
-    """Fingerprint the weights that a run starts from; None if its seed determines them.
+    """Fingerprint the weights that a run starts from; None if the seed determines them.
 
     If this process holds only a part of an array, only the array's name, shape and dtype count.
     """

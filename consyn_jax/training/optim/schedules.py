@@ -114,7 +114,7 @@ SCHEDULES = {
 
 
 def build_schedule(options: OptimizerOptions, total_steps: int) -> optax.Schedule:
-    """Build the learning-rate schedule that resolved options describe, a function of the step.
+    """Build the learning-rate schedule, which is a function of the step, from resolved options.
 
     In warm-up, step s has the rate peak x (s + 1) / (warmup + 1), so that no step has a rate of 0.
     After warm-up, the rate is peak x (floor + (1 - floor) x shape). With `--decay_from`, the
@@ -301,7 +301,7 @@ class Plateau:
 
 
 def build_plateau(options: OptimizerOptions, greater_is_better: bool = False) -> Plateau | None:
-    """Build the plateau rule of resolved options in its initial state; None for other schedulers.
+    """Build the plateau rule in its initial state; None for other schedulers.
 
     The lowest scale is `--min_lr_ratio`.
     """

@@ -115,8 +115,8 @@ def verify_directory(place: Path) -> Findings:
         facts = _check_saved(MODEL, place, None, found)
     else:
         raise UserError(
-            f"--verify {place} is neither a run, nor a checkpoint or a model of one. Name a run "
-            "directory, its best/ or final/, or one of its checkpoints/."
+            f"--verify {place} is neither a run, nor a checkpoint, nor an exported model. Name a "
+            "run directory, its best/ or final/, or a directory in its checkpoints/."
         )
     if facts is None:
         found.unchecked.append(
@@ -219,9 +219,9 @@ def _check_saved(
     """Check a checkpoint or a model, and return its record.
 
     Args:
-        facts: Record of the run, to compare with.
-        before: Length of `found.differs` before the first check of this checkpoint; by default,
-            its length when this function is called.
+        facts: Record of the run, for comparison; None if there is none.
+        before: Number of differences that were found before the first check of this checkpoint; by
+            default, the number at the start of this function.
     """
     own, before = None, len(found.differs) if before is None else before
     with found.checking("weights", place):
@@ -257,7 +257,7 @@ def _compare_record(
 ) -> None:
     """Compare the record of a checkpoint or a model with its weights, and with the run's record."""
     if own.get("weights", {}).get("digest") != weights:
-        found.differs.append(f"weights: {place / PROVENANCE} is about other weights")
+        found.differs.append(f"weights: {place / PROVENANCE} describes other weights")
     if facts is not None:
         # A record of an earlier start need agree only in the facts that all starts share.
         if own["starts"] != facts["starts"]:
@@ -298,7 +298,7 @@ def _note_initial(is_same: bool, origin: Path, found: Findings) -> None:
     if is_same:
         found.agrees.append(f"initial weights: {origin}")
     else:
-        found.differs.append(f"initial weights: {origin} has other weights than the run began with")
+        found.differs.append(f"initial weights: {origin} differs from the recorded weights")
 
 
 def _sha256(file: Path) -> str:

@@ -108,7 +108,7 @@ class RunLock:
 
     def release(self) -> None:
         """Release the lock, so that other processes can take it."""
-        with suppress(OSError):  # such as of a disk that has become read-only
+        with suppress(OSError):  # for example on a disk that has become read-only
             if not self.is_lost:
                 self._file.unlink()
         if self._descriptor is not None:

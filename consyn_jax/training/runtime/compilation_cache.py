@@ -96,7 +96,8 @@ def enable_compilation_cache(kept: KernelChoices | None = None) -> str | None:
             gets a cache directory of its own.
 
     Returns:
-        Reason why the cache cannot be used; None if it is in use, or if the user has set it.
+        Reason why the cache cannot be used; None if it is in use, or if the user has configured
+        JAX's cache.
     """
     # If an entry cannot be read or written, the program is just compiled again.
     warnings.filterwarnings(
@@ -139,7 +140,7 @@ def _processor() -> str:
 
 
 def _refusal(directory: Path) -> str | None:
-    """Create `directory` for programs; return the reason if it is unusable or unsafe."""
+    """Create the cache directory; return the reason if it is unusable or unsafe."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = directory.stat()

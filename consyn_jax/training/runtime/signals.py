@@ -110,8 +110,8 @@ def with_signals(step: Step) -> Step:
     are the maxima over all devices.
 
     If any process has no data, the step is idle: it leaves the state unchanged. A process that must
-    stop while it waits for data runs such a step, because the other processes have already started
-    it.
+    stop while it waits for data runs an idle step, because the other processes have already started
+    this step.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -181,8 +181,8 @@ class StopCoordinator:
     def stops_waiting(self) -> bool:
         """Whether to stop waiting for the next batch; called while the process waits.
 
-        The result becomes true in all processes once one of them has received a signal, because any
-        of them may be the process without data.
+        Once one process has received a signal, the result becomes true in all processes, because
+        any process may be waiting for data.
         """
         received = self._signals.received
         if self._process_group is not None:

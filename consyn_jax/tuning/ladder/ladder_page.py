@@ -27,7 +27,7 @@ from consyn_jax.tuning.ladder.ladder_results import (
 )
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 320, 64, 16, 12, 40
-STEPS = 60  # of a curve
+STEPS = 60  # points of a curve
 BEYOND = 10.0  # the chart ends at this multiple of the largest run's FLOPs
 
 

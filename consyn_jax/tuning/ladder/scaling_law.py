@@ -22,7 +22,7 @@ LOWEST_EXPONENT, HIGHEST_EXPONENT = 0.01, 2.0
 FEWEST_SIZES, FEWEST_POINTS = 3, 6  # a law has five constants
 # Losses of shorter runs were far from the curve, and moved its predictions (benchmarks/ladder.py).
 FEW_STEPS = 250
-# Fewest points for a fit without shorter runs; bootstrap draws of fewer points hardly differ.
+# Shorter runs are left out only if this many points remain; draws of fewer points hardly differ.
 FEWEST_LEFT = 8
 DRAWS = 200
 COVERED = (0.05, 0.95)  # quantiles of the bootstrap values at the ends of an interval
@@ -104,7 +104,7 @@ class _Problem:
         return np.stack([e, a, b, -a * self.n, -b * self.d], axis=1)
 
     def starts(self, count: int) -> list[np.ndarray]:
-        """Find starting points: the pairs of exponents in a grid that fit best.
+        """Find starting points: the best-fitting pairs of exponents on a grid.
 
         For fixed exponents, the loss is linear in the other constants, so linear least squares
         finds these constants.

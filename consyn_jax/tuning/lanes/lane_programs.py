@@ -100,7 +100,7 @@ class LanesEvaluation:
 
 @dataclass(frozen=True)
 class LaneCall:
-    """A program that runs for all lanes at once, as one lane calls it."""
+    """One lane's handle for calling a program that runs for all lanes at once."""
 
     lane: Lane
     program: LanesStep | LanesEvaluation
@@ -139,7 +139,7 @@ class LanePrograms(SharedPrograms):
         return BoundStep(LaneCall(self._lane, step), numbers)
 
     def evaluation(self, program: Program, key: Hashable, batch_size: int, length: int) -> Any:
-        """The compiled evaluation of all lanes, which this lane calls with its own batch."""
+        """Return this lane's handle for the compiled evaluation of all lanes."""
 
         def make() -> LanesEvaluation:
             arguments = (
@@ -200,8 +200,8 @@ def _lowered(
 
     Args:
         arguments: shapes, dtypes and shardings of the two arguments of one lane.
-        places: shardings of the first result, if there are two results. This result then reuses the
-            memory of the donated first argument.
+        places: shardings of the first of two results, which reuses the memory of the donated first
+            argument; None for a function with one result.
     """
 
     def of_lanes(*each: tuple[Any, ...]) -> Any:
@@ -264,7 +264,7 @@ def pays(seconds: Mapping[int, float], lanes: int) -> bool:
     """Whether doubling to `lanes` lanes raises the total steps per second by the factor `GROWTH`.
 
     Args:
-        seconds: time in which every lane takes a step, by number of lanes.
+        seconds: time of one step of all lanes, by number of lanes.
 
     >>> pays({1: 1.0, 2: 1.5}, 2), pays({1: 1.0, 2: 1.9}, 2)
     (True, False)
@@ -312,6 +312,6 @@ def check_lanes(config: TuneConfig, varied: VariedRun) -> None:
     if (devices := jax.device_count()) > 1:
         raise UserError(
             f"--vectorize uses one device, but there are {devices}. Start the command once for "
-            "each device, with CUDA_VISIBLE_DEVICES=0, 1 and so on; all of them work on the "
+            "each device, with CUDA_VISIBLE_DEVICES=0, 1 and so on; all commands work on the "
             "study in --output."
         )

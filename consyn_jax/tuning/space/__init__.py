@@ -1,1 +1,1 @@
-"""The search space before and during a study: its checks, and points not yet tried."""
+"""Check the search space before a study, and find untried points during the study."""

@@ -1,4 +1,4 @@
-"""Evaluations and tokens of the trials of a study, known before the first trial."""
+"""Count evaluations, and find flags that change the number of tokens, before a study."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ def num_evaluations(trainer: ConsynTrainer, metric: str, pruner: str) -> int:
 
 
 def tokens_grow_with(trainer: ConsynTrainer, space: Sequence[Dimension]) -> list[str]:
-    """The searched flags with which trials read more tokens, because `--max_steps` ends them.
+    """List the searched batch flags if `--max_steps` ends the trials; the list is empty otherwise.
+
+    With `--max_steps`, trials with larger batches read more tokens.
 
     Args:
         trainer: the trainer of any trial.
     """
     run, batch = trainer.run, {d.name: min(d.ends) for d in space if d.name in BATCH_FLAGS}
-    budget = replace(run.budget, **batch)  # the smallest batch takes most steps
+    budget = replace(run.budget, **batch)  # the smallest batch takes the most steps
     steps = count_steps(budget, run.optimizer, run.row_length, trainer.train_source.sequences)
     return list(batch) if steps == budget.max_steps else []

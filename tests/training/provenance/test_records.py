@@ -26,7 +26,7 @@ from consyn_jax.training.run.model_manifest import seal
 
 
 def test_what_is_neither_a_run_nor_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a run, nor a checkpoint or a model"):
+    with pytest.raises(UserError, match="neither a run, nor a checkpoint, nor an exported model"):
         verify_directory(tmp_path)
 
 

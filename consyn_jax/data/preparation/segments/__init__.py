@@ -1,1 +1,1 @@
-"""Many writers: a corpus cut into segments, which become the shards of a store in parallel."""
+"""Preparation with many writers, which write the segments and shards of a corpus in parallel."""

@@ -75,10 +75,10 @@ def work_on_file(path: str) -> Answer:
 
 
 def _answer(run: Callable[[], Any], place: str) -> Answer:
-    """Run a task.
+    """Run a task, and turn its errors into messages.
 
     Args:
-        place: what is named if an error of the system names no file, as that of a full disk.
+        place: name in the message of an OSError without a file name, such as that of a full disk.
     """
     try:
         return "", run()

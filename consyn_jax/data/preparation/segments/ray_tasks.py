@@ -41,7 +41,7 @@ class RayTasks(Tasks):
         self._results(calls, done)
 
     def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
-        """Hash the files, each on one of the nodes."""
+        """Hash each file in a task of its own."""
         return self._results([("work_on_file", str(path.resolve())) for path in paths], done)
 
     def _results(self, calls: Sequence[tuple[Any, ...]], done: Callable[[int], None]) -> list[Any]:
@@ -78,9 +78,9 @@ class RayTasks(Tasks):
         self._calls.close()
 
     def _most(self) -> int:
-        """Number of tasks in progress.
+        """Largest number of tasks in progress.
 
-        Without a given number, a few wait in the queues of nodes, so that no processor does.
+        By default, there are more tasks than processors, so that no processor waits for a task.
         """
         return self._calls.count or self._calls.processors * 5 // 4 + 1
 

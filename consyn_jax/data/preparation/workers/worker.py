@@ -63,7 +63,7 @@ class Result:
         unread: number of rows with a key that is not used, by key.
         example: format, prompt and target of the first row with a prompt.
         fault: an error that stops the preparation, with its place; "" if there is none.
-        is_blank: whether the block is a part of a document and only white space.
+        is_blank: whether the block is a part of a document and contains only white space.
     """
 
     kept: EncodedDocuments
@@ -84,7 +84,7 @@ class Result:
 
 
 _Found = tuple[int, Content, str | None, str]
-"""A document as read: number, content, split (None: its text decides) and format."""
+"""A document as read: number, content, split (None if the text decides the split) and format."""
 
 
 class _Fault(Exception):
@@ -157,7 +157,7 @@ class Worker:
                 else:
                     kept.append(found)
                     self._look(found, result)
-        except (_Fault, UserError) as fault:  # UserError: the file is gone when a line is looked up
+        except (_Fault, UserError) as fault:  # UserError: `_line` cannot open the file any more
             result.fault = str(fault)
         return kept, result
 

@@ -32,7 +32,7 @@ def written_rows(directory: Path, run_id: str, except_in: Path) -> set[Row]:
     Args:
         directory: directory with one subdirectory per start.
         run_id: id of the W&B run.
-        except_in: subdirectory of this start.
+        except_in: subdirectory of this start, which is skipped.
     """
     found: set[Row] = set()
     for path in directory.glob(f"*-{run_id}/run-{run_id}.wandb"):
