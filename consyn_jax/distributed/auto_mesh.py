@@ -32,10 +32,7 @@ class Machine:
 
     @property
     def group_hosts(self) -> int:
-        """Number of hosts that may share a copy of the weights.
-
-        The number is exceeded only if the model needs the memory of more hosts.
-        """
+        """Number of hosts that may share a copy of the weights, if they have enough memory."""
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 
