@@ -59,8 +59,8 @@ class Report:
             of a chat and each part of a long document counts separately.
         noticed: number of documents with an unusual feature, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
-        unread: number of rows with each key that their format does not use; at most `UNREAD_KEYS`
-            keys.
+        unread: number of rows with a key that their format does not use, by key; at most
+            `UNREAD_KEYS` keys.
         example: three strings about the first row with a prompt: its format, the end of the prompt,
             and the beginning of the target. Empty if no row has a prompt.
         examples: by rule, the first few documents left out, as "place: beginning of the text".

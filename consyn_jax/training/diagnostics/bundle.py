@@ -88,7 +88,7 @@ def write_bundle(
     Args:
         place: Directory to write; an older bundle in it is replaced.
         state: State before the step; it is not changed.
-        batch: Arrays of `Program.batch_dtypes`, and the frozen weights of an adapter run.
+        batch: Arrays named in `Program.batch_dtypes`, and the frozen weights of an adapter run.
         config: Path of the run's config.yaml.
         warn: Function that shows a warning if the bundle could not be written.
 
