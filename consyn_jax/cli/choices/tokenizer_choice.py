@@ -30,8 +30,8 @@ def choose_tokenizer(
 ) -> BPETokenizer | str | None:
     """Choose the tokenizer of a run.
 
-    A checkpoint is trained with its own tokenizer. If it has no tokenizer, the bundled tokenizer is
-    used only if the user names it.
+    A checkpoint is trained with its own tokenizer. If it has none, the user must name a tokenizer,
+    unless `--data` is a token store.
 
     Args:
         is_store: whether `--data` is a token store.
