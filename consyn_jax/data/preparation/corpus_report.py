@@ -224,7 +224,7 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
 
 
 def is_as_lenient(report: Report, options: CorpusOptions) -> bool:
-    """Whether `options` treat rows that are not UTF-8 like the preparation that made `report`.
+    """Whether `options` agree with the preparation of `report` on rows that are not UTF-8.
 
     The answer is also true if there were no such rows, or if `options` make such rows an error,
     because `check_leniency` then raises the error.

@@ -81,9 +81,9 @@ def next_scales(
 ) -> Float[Array, "*L arrays"]:
     """Scales of the next step, from the largest magnitudes in this step.
 
-    A scale is a power of two. With this scale, the largest element may double `DOUBLINGS` times
-    before it exceeds the range of the 8-bit type.
-    As in Transformer Engine, an array that is zero or not finite keeps its scale.
+    A scale is a power of two. The largest element may double `DOUBLINGS` times before it
+    exceeds the range of the 8-bit type. As in Transformer Engine, an array that is zero or not
+    finite keeps its scale.
     """
     types = [FORWARD] * len(ACTIVATIONS) + [GRADIENT] * len(GRADIENTS)
     exponent = _exponent(largest, [float(jnp.finfo(dtype).max) for dtype in types]) + DOUBLINGS
