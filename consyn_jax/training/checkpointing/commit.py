@@ -74,11 +74,11 @@ def remove_unfinished(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """How many bytes of a checkpoint a process has written, and how long that took.
+    """Number of bytes that a process has written for a checkpoint, and the duration of the write.
 
     Attributes:
-        seconds: duration of the write. On a CPU, only the flushes to disk are counted, because
-            training slows down the rest of the write.
+        seconds: duration of the write. On a CPU, this includes only the flushes to the disk,
+            because training slows down the rest of the write.
     """
 
     num_bytes: int
