@@ -31,12 +31,12 @@ _COPIED = "copied to "  # before a directory that `with_urls` leaves as it is
 
 
 def show_as_url(path: str, url: str) -> None:
-    """Let `with_urls` replace the path of a directory in the cache by the URL of the original."""
+    """Let `with_urls` replace the cached directory `path` by the URL of the original."""
     _URLS[path] = url
 
 
 def with_urls(text: str) -> str:
-    """Replace the paths of copies of bucket objects in the cache by the objects' URLs.
+    """Replace paths of cached copies by the URLs of the originals in a bucket.
 
     Users and records need the URLs, because the paths differ between machines.
     """
@@ -46,7 +46,7 @@ def with_urls(text: str) -> str:
 
 
 def _with_copies(text: str) -> str:
-    """Like `with_urls`, but also name the directories, so that a damaged copy can be deleted."""
+    """Like `with_urls`, but also name the cached copies, so that a damaged copy can be deleted."""
     said = with_urls(text)
     if said == text:
         return text
@@ -58,9 +58,9 @@ def _with_copies(text: str) -> str:
 class UserError(ValueError):
     """A mistake of the user, in one or two sentences: what is wrong, where, what to do.
 
-    Commands exit with 2. Paths of copies in the cache are shown as URLs, and the directory of the
-    copies is named at the end. A message that quotes kilobytes from a damaged file is shortened in
-    the middle.
+    Commands exit with 2. If a message names the cached copy of an object in a bucket, it shows the
+    URL of the object, and the path of the copy at the end. A long message, such as one that quotes
+    a damaged file, is shortened in the middle.
     """
 
     def __init__(self, message: str) -> None:
@@ -98,12 +98,13 @@ _overwrite_is_done = False
 
 
 def leave_out_overwrite(is_done: bool = True) -> None:
-    """Make `advised` add "without --overwrite", after this flag has deleted what was there.
+    """Make `advised` add "without --overwrite" to advice to repeat the command.
 
-    If the flag is given again, it deletes what has been saved since.
+    Call this after --overwrite has deleted the old run: if the flag were given again, it would
+    delete the new run.
 
     Args:
-        is_done: False at the beginning of a command.
+        is_done: whether --overwrite has deleted the old run; False at the beginning of a command.
     """
     global _overwrite_is_done
     _overwrite_is_done = is_done

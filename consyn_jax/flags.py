@@ -49,10 +49,12 @@ def flag(
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag as the parser, config files and help use it.
+    """A command-line flag, for the parser, config files and help.
 
-    `optional`: the value may be None. `many`: the flag takes several values. `type`: the type of
-    one value.
+    Attributes:
+        type: the type of one value.
+        optional: whether the value may be None.
+        many: whether the flag takes several values.
     """
 
     name: str

@@ -98,7 +98,9 @@ def validate_preparation(config: PrepareConfig) -> None:
     for name in ("ray_address", "shared_directory"):
         value = getattr(config.workers, name)
         if engine != "ray" and value is not None:
-            raise UserError(f"--{name} {value} needs --engine ray. Add it, or leave --{name} out.")
+            raise UserError(
+                f"--{name} {value} needs --engine ray. Add --engine ray, or leave --{name} out."
+            )
     if engine == "ray" and config.data.num_workers == 0:
         raise UserError(
             "--num_workers 0 leaves no tasks to --engine ray. Give the number of tasks at a time, "

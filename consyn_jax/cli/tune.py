@@ -33,10 +33,10 @@ examples:
   consyn-tune --config recipe.yaml --search optimizer=adamw,muon lr=1e-3,1e-2
   consyn-tune --config recipe.yaml --parametrization mup --ladder 4
 
-The flags of consyn-train that are listed work here, too; the flags in --search
-vary. Defaults are in brackets. Run the same command again, without --overwrite,
-to continue a study, or run it several times at once to share a study among
-processes.
+Most flags of consyn-train work here, too; --help all lists them. The trials
+vary the flags in --search. Defaults are in brackets. Run the same command
+again, without --overwrite, to continue a study, or run it several times at once
+to share a study among processes.
 Exit codes: 0 done, 2 wrong input, 3 all trials diverged, 75 interrupted and
 saved, 130 and 143 interrupted with nothing to save."""
 

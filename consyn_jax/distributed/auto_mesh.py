@@ -20,9 +20,9 @@ Sizes = dict[str, int]  # by axis
 class Machine:
     """Number of hosts, devices per host, and usable bytes of memory per device.
 
-    A host is a group of devices with fast links, however many processes use them. For TPUs, a slice
-    counts as a host. A slice has many devices, so weights are split over several slices only if one
-    slice has too little memory.
+    A host is a group of devices with fast links, whether one or more processes use it. For TPUs, a
+    slice counts as a host. A slice has many devices, so weights are split over several slices only
+    if one slice has too little memory.
     """
 
     hosts: int
@@ -32,10 +32,7 @@ class Machine:
 
     @property
     def group_hosts(self) -> int:
-        """Number of hosts that may share a copy of the weights.
-
-        The number is exceeded only if the model needs the memory of more hosts.
-        """
+        """Number of hosts that may share a copy of the weights, if they have enough memory."""
         return GROUP_HOSTS if self.name_of_host == "host" else 1
 
 

@@ -55,7 +55,7 @@ class Limits:
 
     Attributes:
         open_files: number of files that this process may open; may be infinite.
-        most_open_files: largest such limit that this user may set; may be infinite.
+        most_open_files: largest value of `open_files` that this user may set; may be infinite.
         cores: number of cores that this process may use.
         memory: memory of the machine, or the container's limit if it is smaller.
         shared_memory: size of `/dev/shm`; None if there is none.

@@ -44,7 +44,7 @@ class HarnessModel:
     """Implements lm_eval's model interface with the scorer and the generation engine.
 
     Args:
-        pretrained: The model, as in `consyn-evaluate`: a directory, run, checkpoint or hub id.
+        pretrained: The model: a directory, a run, a checkpoint, or a hub id.
         step, tokenizer, dtype, mesh: Values of the `consyn-evaluate` flags with these names.
         batch_size: Sequences in a batch; "auto" means 8.
         more: Other settings from lm_eval's command line.

@@ -124,7 +124,7 @@ def check_kind(path: Path) -> None:
 
 
 def run_tokenizer(run: Path) -> BPETokenizer | None:
-    """The tokenizer that a run has saved; None for a run on token ids without a tokenizer."""
+    """The tokenizer that a run has saved; None if the run had only token ids."""
     directory = run / "tokenizer"
     return own_tokenizer(directory) if directory.is_dir() else None
 

@@ -94,7 +94,7 @@ def open_server(top: Path, port: int) -> ThreadingHTTPServer:
         UserError: `top` is not a directory, or the port cannot be used.
     """
     if not top.is_dir():
-        raise UserError(f"--watch {top} is not a directory. Name one that has runs in it.")
+        raise UserError(f"--watch {top} is not a directory. Name a directory that contains runs.")
     watched = Watched(top)
 
     class Handler(BaseHTTPRequestHandler):

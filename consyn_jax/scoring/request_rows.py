@@ -74,7 +74,7 @@ class Task:
 def read_tasks(files: tuple[str, ...], flag: str = "--requests") -> list[Task]:
     """Read files of requests, and group their rows into tasks.
 
-    The key `task` of a row names its task; without the key, the file's name does.
+    The key `task` of a row names its task. Without the key, the task has the name of the file.
 
     Args:
         flag: The flag that names the files, for messages.

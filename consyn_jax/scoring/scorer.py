@@ -51,7 +51,7 @@ class Scorer:
     """A model's weights on a mesh, and the compiled program that scores sequences.
 
     Attributes:
-        rows: Number of sequences in a batch, a multiple of the devices that shard the batch.
+        rows: Sequences in a batch, a multiple of the number of devices that shard the batch.
     """
 
     config: ModelConfig

@@ -139,7 +139,7 @@ def check_input_ids(
 
 
 def _rows(given: Mapping[str, Any], place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (name for messages, fields) for each row of a batch, or for the single row given."""
+    """Yield (name for messages, fields) for each row; `given` is a batch or a single row."""
     if not is_batch(given):
         yield place, given
         return
@@ -267,6 +267,6 @@ def _check_positions(row: Mapping[str, Any], where: str) -> None:
         position = int(np.argmax(wrong))
         raise UserError(
             f"{where} has position_ids that neither count up by one nor restart at 0 with a "
-            f"document; the first is at position {position:,}. Leave position_ids out, or mark "
-            "documents with segment_ids."
+            f"document, first at position {position:,}. Leave position_ids out, or mark documents "
+            "with segment_ids."
         )

@@ -36,8 +36,8 @@ CHOICES = {"packing": ("cut", "whole"), "on_long_rows": ("truncate", "drop", "er
 class ConsynDataset:
     """Packed sequences of a token store, in a shuffled order that a seed determines.
 
-    Item i is sequence `order.ids_at(seed, [i], len)` of `packed`. It depends only on the data,
-    `block_size`, `seed` and i. In a pass over all items, every token of the split is a label
+    Item i is sequence `order.ids_at(seed, [i], len(self))` of `packed`. It depends only on the
+    data, `block_size`, `seed` and i. In a pass over all items, every token of the split is a label
     exactly once. A validation split is not shuffled.
 
     `ConsynTrainer` uses `packed` and `seed`, and shuffles anew in every epoch. The first epoch of
@@ -246,7 +246,7 @@ def pack_split(
     """Pack the documents of a split into sequences, or into pairs of sequences.
 
     Args:
-        packing, on_long_rows: As for `get_dataset`.
+        packing, on_long_rows: Arguments of `get_dataset`.
 
     Raises:
         UserError: No target is left, because all rows are too long.

@@ -103,7 +103,7 @@ def results_of(
 
 
 def check_results(results: StudyResults, output: Path) -> None:
-    """Check that at least one trial is done, or may still be done by another process.
+    """Check that at least one trial is done, or that another process still runs one.
 
     Raises:
         Diverged: all trials have ended, and none is done, because some or all diverged.
@@ -111,7 +111,8 @@ def check_results(results: StudyResults, output: Path) -> None:
     """
     if not results.trials:
         raise UserError(
-            f"--time_budget ended before the first trial of the study in {output} began. Raise it."
+            f"--time_budget ended before the first trial of the study in {output} began. Raise "
+            "--time_budget."
         )
     if results.best is None and not results.count(RUNNING):
         ends = " and ".join(f"{n} {name}" for name in OUTCOMES if (n := results.count(name)))
@@ -120,8 +121,8 @@ def check_results(results: StudyResults, output: Path) -> None:
             raise UserError(f"{start} Use --pruner none, or leave out the callback that ends them.")
         ranges = " ".join(dimension.text() for dimension in results.space)
         raise Diverged(
-            f"{start} Lower the ranges ({ranges}), above all of lr, and give another --output, or "
-            "--overwrite."
+            f"{start} Lower the ranges ({ranges}), especially the range of lr, and give another "
+            "--output, or --overwrite."
         )
 
 

@@ -1,4 +1,4 @@
-"""Run one trial of a study to its end, even if an earlier process has started it."""
+"""Run one trial of a study, or finish a trial that an earlier process has begun."""
 
 from __future__ import annotations
 

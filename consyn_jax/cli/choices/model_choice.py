@@ -179,10 +179,10 @@ def weights_note(options: ModelOptions, origin: str, seed: int) -> tuple[str, st
 
 
 def file_notes(config: RunConfig, origins: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return a header line that lists the sizes and the budget set by the config file.
+    """Header line about sizes and budget from a config file, if a flag names the model.
 
-    If a flag names the model, the sizes in the file apply to that model, and this line tells the
-    user. The list is empty if no flag names a model, or the file sets no sizes and no budget.
+    The line tells the user that these values also apply to the model that the flag names. The
+    list is empty if no flag names a model, or the file sets no sizes and no budget.
     """
     groups = (config.model, config.budget)
     names = [f.name for group in groups for f in fields(group) if f.name not in _NOT_SIZES]

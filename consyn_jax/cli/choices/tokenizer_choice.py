@@ -30,8 +30,8 @@ def choose_tokenizer(
 ) -> BPETokenizer | str | None:
     """Choose the tokenizer of a run.
 
-    A checkpoint is trained with its own tokenizer. If it has no tokenizer, the bundled tokenizer is
-    used only if the user names it.
+    A checkpoint is trained with its own tokenizer. If it has none, the user must name a tokenizer,
+    unless `--data` is a token store.
 
     Args:
         is_store: whether `--data` is a token store.
@@ -94,8 +94,8 @@ def own_tokenizer(choice: ModelChoice) -> BPETokenizer | None:
 def with_tokens(shape: ModelConfig, choice: ModelChoice, tokenizer: BPETokenizer) -> ModelConfig:
     """Set the BOS, EOS and padding ids of an architecture.
 
-    A checkpoint keeps its own ids and `generation_config` if it is trained with its own tokenizer,
-    or if its EOS ids include the EOS token of `tokenizer`.
+    The ids and `generation_config` of a checkpoint are kept if `tokenizer` is the checkpoint's
+    tokenizer, or if the EOS token of `tokenizer` is among the EOS ids of the checkpoint.
     """
     stored = choice.stored
     if stored is not None and (_is_own(tokenizer, choice) or _knows_end(stored, tokenizer)):

@@ -116,7 +116,7 @@ def _items(options: CorpusOptions, parts: Sequence[tuple[str, ...]]) -> Iterator
     """Yield the options of each item of a mixture.
 
     A token store already has splits, so its options get the default `validation_fraction`. If all
-    items are stores, their options keep the user's `validation_fraction`, which `prepare` refuses.
+    items are stores, they keep the user's `validation_fraction`, so that `prepare` refuses it.
     """
     from consyn_jax.data.store.manifest import is_store
 
@@ -173,7 +173,7 @@ def _num_devices(config: RunConfig) -> int:
 def _datasets(
     config: RunConfig, stores: Sequence[Prepared]
 ) -> tuple[Any, Any, list[ConsynDataset]]:
-    """The training dataset, the validation dataset or None, and the training dataset per store."""
+    """Return training data, validation data (None if there is none), and training data by store."""
     from consyn_jax.training.dataset import ConsynDataset, MixedDataset, pack_split
 
     data, seed = config.data, config.budget.seed
@@ -317,10 +317,10 @@ def noticed(
     tokenizer: BPETokenizer,
     report: Report | None = None,
 ) -> list[Note]:
-    """Header lines about text files whose structure is not read, and the flags that would read it.
+    """Header lines about text files whose structure is not read, with flags for reading it.
 
     Args:
-        report: counts of all sources, in their order; None while they are unknown.
+        report: counts of each source, in the order of `sources`; None if unknown.
     """
     from consyn_jax.data.sources.recognition.unread_structure import (
         unread_structure,

@@ -131,10 +131,12 @@ class Preparation:
     def finish(self) -> None:
         """Write the report and the manifest, which makes the directory a store.
 
+        If no document is left, or the files of the data changed during the preparation, the journal
+        is deleted. The caller then deletes the unfinished store.
+
         Raises:
-            UserError: no document is left, or the files of the data changed during the preparation
-                (then the journal is gone, so the caller deletes the unfinished store); or a file
-                cannot be read or written.
+            UserError: no document is left, the files of the data changed, or a file cannot be read
+                or written.
         """
         silent = dataclasses.replace(self.spec, progress=lambda stage, done, total: None)
         contents = contents_of(silent)
@@ -330,7 +332,7 @@ class Preparation:
 
 
 def text_bytes(spec: Spec) -> int:
-    """Number of bytes of all sources except Hub datasets, whose size changes with the download."""
+    """Number of bytes of all sources except Hub datasets, which have no stable size."""
     return sum(source.num_bytes for source in spec.sources if source.files or source.kind == SAMPLE)
 
 

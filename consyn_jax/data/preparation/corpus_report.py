@@ -59,10 +59,10 @@ class Report:
             of a chat and each part of a long document counts separately.
         noticed: number of documents with an unusual feature, by the names of `NOTICES`.
         formats: number of documents by the format of their rows.
-        unread: number of rows with each key that their format does not use; at most `UNREAD_KEYS`
-            keys.
-        example: format, end of the prompt and beginning of the target of the first row with a
-            prompt; empty if there is none.
+        unread: number of rows with a key that their format does not use, by key; at most
+            `UNREAD_KEYS` keys.
+        example: three strings about the first row with a prompt: its format, the end of the prompt,
+            and the beginning of the target. Empty if no row has a prompt.
         examples: by rule, the first few documents left out, as "place: beginning of the text".
         splits: for each split, its number of documents, tokens (including each document's EOS),
             target_tokens, and bytes of text in UTF-8.
@@ -224,10 +224,10 @@ def check_leniency(report: Report, options: CorpusOptions) -> None:
 
 
 def is_as_lenient(report: Report, options: CorpusOptions) -> bool:
-    """Whether `options` would treat rows that are not UTF-8 as the reported preparation did.
+    """Whether `options` agree with the preparation of `report` on rows that are not UTF-8.
 
-    The answer is true if there were no such rows. It is also true if `options` make such rows an
-    error, because `check_leniency` then raises this error.
+    The answer is also true if there were no such rows, or if `options` make such rows an error,
+    because `check_leniency` then raises the error.
     """
     repaired = "invalid_utf8" in report.changed
     stops = options.on_bad_rows == options.invalid_utf8 == "error"

@@ -46,8 +46,8 @@ class Recorded:
 class ExactDuplicates(Recorded):
     """An index of the digests of all documents so far.
 
-    It takes 16 bytes of memory per digest, and twice as many while the longest sorted runs are
-    merged. With 5 million digests in the index, `first` takes about 3.5 ms for 4,000 digests.
+    A digest takes 16 bytes of memory, and 32 bytes while the longest sorted runs are merged. With 5
+    million digests in the index, `first` takes about 3.5 ms for 4,000 digests.
 
     Args:
         path: the file, created if missing.
@@ -55,7 +55,7 @@ class ExactDuplicates(Recorded):
 
     Raises:
         ValueError: the file holds fewer digests than `count`.
-        OSError: the file cannot be read or written, here and in every method.
+        OSError: the file cannot be read or written. All methods may raise this error, too.
     """
 
     def __init__(self, path: Path, count: int = 0) -> None:
@@ -173,7 +173,7 @@ class RecordFile:
 
     Raises:
         ValueError: the file holds fewer records than `count`.
-        OSError: the file cannot be read or written, here and in every method.
+        OSError: the file cannot be read or written. All methods may raise this error, too.
     """
 
     def __init__(self, path: Path, size: int, count: int) -> None:

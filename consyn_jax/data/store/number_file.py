@@ -2,8 +2,8 @@
 
 Files are read with `pread` and not through a memory map. Mapped pages would count as memory of the
 process, and access to a map of a truncated file would fail with SIGBUS. A read of 4 KB takes about
-a microsecond either way. Memory does not grow with the size of the store: it is one buffer per
-thread while a shard is checked, and a bounded number of open files.
+a microsecond either way. Memory does not grow with the size of the store: each thread that checks a
+shard has one buffer, and the number of open files is bounded.
 """
 
 from __future__ import annotations

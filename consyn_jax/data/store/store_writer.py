@@ -49,14 +49,14 @@ def documents_to_fill(ends: Int64[np.ndarray, " documents"], tokens: int) -> int
 class TokenStoreWriter:
     """Writes a token store.
 
-    The directory becomes a store when `finish` returns. At the end of a `with` block, `finish` is
-    called, or the files are deleted after an exception.
+    The directory becomes a store when `finish` returns. A `with` block calls `finish` at its end.
+    After an exception, it deletes the files instead.
 
     Args:
         directory: directory of the store; it must not exist yet, unless `state` is given.
         tokenizer: the tokenizer that made the ids. Its EOS is appended to every document, and a
             copy of the tokenizer is written into the store.
-        shard_tokens: a shard is closed at the end of the document that reaches this many tokens.
+        shard_tokens: a shard is closed after a document if it then has at least this many tokens.
         state: a result of `checkpoint()` for an unfinished store in `directory`. Writing resumes
             from this state, and anything written after it is removed.
 
@@ -87,7 +87,7 @@ class TokenStoreWriter:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             tokenizer.save(self.directory / "tokenizer")
-            for left in (self.directory / "tokenizer").glob(".*.new"):  # by a kill
+            for left in (self.directory / "tokenizer").glob(".*.new"):  # left by a kill
                 left.unlink()
             if state is not None:
                 self._restore(state)
@@ -184,7 +184,7 @@ class TokenStoreWriter:
     def end_document(
         self, split: str, num_bytes: int, origin: Int64[np.ndarray, "3"] | None = None
     ) -> None:
-        """Complete the document whose parts were appended; `origin` is as in `append`."""
+        """Complete the document whose parts were appended; `origin` is a row of `origins`."""
         with self._writing():
             self._shard(split).end_document(num_bytes, origin)
         self._close_if_full(split)
@@ -273,8 +273,8 @@ class TokenStoreWriter:
         """Return the documents of a split so far; they can be read while more are added.
 
         Args:
-            begun: whether to include the parts of an unfinished document. If included, the document
-                must not be dropped later.
+            begun: whether to include the parts of an unfinished document, which must then not be
+                dropped later.
         """
         if split in self._open_shards:
             with self._writing():

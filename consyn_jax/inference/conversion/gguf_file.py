@@ -51,7 +51,8 @@ def require_gguf() -> None:
 def type_of(tensor: Tensor, dtype: str) -> str:
     """Choose the type of a tensor in a file of `dtype`, as llama.cpp's own converter does.
 
-    Norms and biases are always F32. Tensors whose rows Q8_0 cannot divide into blocks are F16.
+    Norms and biases are always F32. For Q8_0, a tensor is F16 if its rows cannot be divided into
+    blocks.
     """
     if len(tensor.shape) == 1:
         return "F32"

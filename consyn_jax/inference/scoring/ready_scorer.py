@@ -28,7 +28,7 @@ def load_scorer(
         dtype: float32, bfloat16 or float16; "auto" means float32 on a CPU and bfloat16 on a GPU.
         mesh: A value of `--mesh`; "auto" splits the batch over the devices and gives each a copy of
             the weights, or shards the weights if a copy does not fit.
-        batch_size: Sequences in a batch, rounded up so that the mesh divides it.
+        batch_size: Sequences in a batch, rounded up to a number that the mesh can split evenly.
 
     Raises:
         UserError: The model is damaged, or the mesh does not suit the model.

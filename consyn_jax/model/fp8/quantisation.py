@@ -81,8 +81,9 @@ def next_scales(
 ) -> Float[Array, "*L arrays"]:
     """Scales of the next step, from the largest magnitudes in this step.
 
-    A scale is a power of two for which the largest element fits even after `DOUBLINGS` doublings.
-    As in Transformer Engine, an array that is zero or not finite keeps its scale.
+    A scale is a power of two. The largest element may double `DOUBLINGS` times before it
+    exceeds the range of the 8-bit type. As in Transformer Engine, an array that is zero or not
+    finite keeps its scale.
     """
     types = [FORWARD] * len(ACTIVATIONS) + [GRADIENT] * len(GRADIENTS)
     exponent = _exponent(largest, [float(jnp.finfo(dtype).max) for dtype in types]) + DOUBLINGS
@@ -93,12 +94,12 @@ def next_scales(
 def narrowed(x: Float[Array, "*shape"], inverse: Scale, dtype: Any) -> Float[Array, "*shape"]:
     """Multiply `x` by the inverse of a scale and round to nearest in `dtype`.
 
-    Finite values outside the range become the largest finite number, even if their product
-    overflows. Infinity becomes NaN, and if the scale is NaN, every value does. So the check for
-    non-finite steps still detects such arrays.
+    Finite values outside the range become the largest finite number, even if the product overflows.
+    Infinity becomes NaN. If the scale is NaN, all values become NaN. So the check for non-finite
+    steps still detects such arrays.
     """
     top = float(jnp.finfo(dtype).max)
-    # Asked of `x` and the scale, because in Triton's minimum and maximum a number wins over NaN.
+    # Check `x` and the scale and not `y`, because Triton's minimum and maximum ignore NaN.
     is_finite = (jnp.abs(x) < jnp.inf) & ~jnp.isnan(inverse)
     y = jnp.clip(x.astype(jnp.float32) * inverse, -top, top)
     return jnp.where(is_finite, y, jnp.nan).astype(dtype)
@@ -110,7 +111,7 @@ def quantise(
     """Divide `x` by `scale` and round to nearest in `dtype`.
 
     Args:
-        scale: The scale; None for the scale for the largest magnitude in the global array.
+        scale: The scale; None to compute it from the largest magnitude in the global array.
 
     Returns:
         The 8-bit array, and the largest magnitude in `x`, in float32.

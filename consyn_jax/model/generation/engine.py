@@ -80,7 +80,7 @@ class _Text:
 
 
 def bucket(tokens: int, most: int) -> int:
-    """Round a length up to 2^n or 1.5 x 2^n, at most `most`, so that few lengths are compiled.
+    """Round a length up to 2^n or 1.5 x 2^n, so that few lengths are compiled; at most `most`.
 
     >>> [bucket(n, 100) for n in (1, 17, 25, 33, 49, 65, 97)]
     [16, 24, 32, 48, 64, 96, 100]
@@ -94,7 +94,7 @@ def bucket(tokens: int, most: int) -> int:
 class Engine:
     """A model that generates several texts at the same time, one per slot.
 
-    Programs are compiled when requests first need their shapes, and are then reused.
+    JAX compiles prefill and decoding when a shape first occurs, and then reuses the result.
 
     Args:
         weights: Weights of the model, as `runtime_weights` returns them.

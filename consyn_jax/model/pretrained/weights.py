@@ -45,8 +45,7 @@ def find_model(name: str) -> Path:
     """Find the directory of a model; download it if `name` is a hub id or URL that is not cached.
 
     Raises:
-        UserError: `name` is neither a directory nor a model on the hub or in a bucket, or the
-            model in the directory was not written completely.
+        UserError: There is no model of this name, or the model in the directory is incomplete.
     """
     if is_elsewhere(name):
         return download(name, ["*.json", "*.safetensors", *KEPT])
@@ -127,7 +126,7 @@ def load_parameters(
         directory: Directory of a model, or of an adapter, which is added to its base.
         mesh: Mesh over which to shard the parameters; None to load them on one device.
         convert: Function that converts each parameter before the next one is loaded.
-        adapter: Adapter to add to the weights, in float32, before they are rounded to `dtype`.
+        adapter: Adapter that is added to the float32 weights before they are rounded to `dtype`.
 
     Raises:
         UserError: There is no safetensors file, a file is damaged, or the tensors do not match
@@ -227,8 +226,8 @@ def _reader(
     """Return a function that reads a slice of a parameter from the tensors that hold its layers.
 
     Args:
-        places: The tensor and its rows, for each layer; a single entry for a parameter outside
-            the blocks.
+        places: For each layer, the tensor and the rows of the tensor that hold this layer. A
+            parameter outside the blocks has a single entry.
     """
 
     def one(tensor: Tensor, part: Part, index: tuple[slice, ...]) -> np.ndarray:

@@ -295,8 +295,8 @@ def _with_objects(message: Mapping[str, Any], takes_strings: bool) -> dict[str, 
     """Copy a message, and convert the arguments of its tool calls from JSON strings to objects.
 
     OpenAI's API returns arguments as a JSON string, which most templates would encode as JSON
-    again. Servers decode it before rendering (vLLM's `parse_chat_messages`). With `takes_strings`,
-    arguments are left as they are.
+    again. Servers decode the string before rendering (vLLM's `parse_chat_messages`). With
+    `takes_strings`, arguments are left as they are.
     """
     message = dict(message)
     calls = message.get("tool_calls")

@@ -74,11 +74,11 @@ def remove_unfinished(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """Size and time of a process's write of a checkpoint.
+    """Number of bytes that a process has written for a checkpoint, and the duration of the write.
 
     Attributes:
-        seconds: duration of the write. On a CPU, only the flushes to disk are counted, because
-            training slows down the rest of the write.
+        seconds: duration of the write. On a CPU, this includes only the flushes to the disk,
+            because training slows down the rest of the write.
     """
 
     num_bytes: int
@@ -87,12 +87,12 @@ class Written:
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """The result of one process's write: the files that it has written, or its error.
+    """The files of a checkpoint that one process has written, or the error that stopped it.
 
     Attributes:
         hashes: Hash of each file, by name.
-        error: The error that ended the write; None after success.
-        written: Size and time of the write; None after an error.
+        error: The error that stopped the process; None after success.
+        written: Size and duration of the write; None after an error.
     """
 
     hashes: dict[str, str] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def _hash_and_flush(file: Path) -> tuple[str, float]:
 
 
 def deleted(target: Path) -> OSError | None:
-    """The error to raise if `target` was deleted during the write, or None.
+    """Return an error if `target` was deleted during the write; otherwise None.
 
     Orbax raises various errors in this case.
     """
@@ -168,12 +168,12 @@ def merge_parts(
     """Combine the results of all processes.
 
     Returns:
-        A pair: the text of an error of the operating system in any process, or None; and the hashes
-        of all files.
+        The message of the operating system if it refused a write in any process, otherwise None;
+        and the hashes of all files.
 
     Raises:
-        Exception: A process had an error that the operating system did not cause. The process with
-            the error raises it; the other processes raise RuntimeError.
+        Exception: A process failed for another reason. That process raises its error; all other
+            processes raise RuntimeError.
     """
     parts = [json.loads(message) for message in messages]
     if defects := [

@@ -88,7 +88,7 @@ def write_bundle(
     Args:
         place: Directory to write; an older bundle in it is replaced.
         state: State before the step; it is not changed.
-        batch: Arrays of `Program.batch_dtypes`, and the frozen weights of an adapter run.
+        batch: Arrays named in `Program.batch_dtypes`, and the frozen weights of an adapter run.
         config: Path of the run's config.yaml.
         warn: Function that shows a warning if the bundle could not be written.
 
@@ -170,7 +170,7 @@ def _write_record(place: Path, record: dict[str, Any], where: str | None, text: 
 
 
 def _save_state(directory: Path, state: TrainState, step: int) -> str | None:
-    """Save the state. Return the reason if this fails, else None; all processes return the same."""
+    """Save the state. Return to all processes why saving failed; None after success."""
     warnings: list[str] = []
     try:
         checkpoints = Checkpoints(directory, warn=warnings.append)
@@ -184,7 +184,7 @@ def _save_state(directory: Path, state: TrainState, step: int) -> str | None:
 
 
 def _on_first_process(work: Callable[[], None]) -> str | None:
-    """Call `work` in process 0. Return, in every process, the reason if it fails, else None."""
+    """Call `work` in process 0. Return to all processes why `work` failed; None after success."""
     reason = ""
     if is_first():
         try:

@@ -40,7 +40,7 @@ def histogram_maker(program: Program) -> Callable[[TrainState], dict[str, Histog
 
     All processes must call it together. Examples of names are `weights/q/3` and `gradients/q/3`,
     where 3 is the index of a layer. Gradients are averages over recent steps: the first moments of
-    the optimizer, unless they are in host memory.
+    the optimizer. First moments in host memory have no histograms.
     """
     shapes = jax.tree_util.tree_leaves_with_path(program.layout.shapes)
     names = {path: (_name(path), leaf.shape) for path, leaf in shapes}

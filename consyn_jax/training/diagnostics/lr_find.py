@@ -141,7 +141,7 @@ def measure_curve(
     """Run the range test on the first batches of the training data, then close the data.
 
     Args:
-        train_step, state, rates: As for `range_test`.
+        train_step, state, rates: Arguments of `range_test`.
         shape: Shape of a batch, (A, B, T).
         show: Function that is called after each step with the number of steps, the loss and
             tokens/s.
@@ -256,14 +256,14 @@ def _arrays(curve: Curve) -> tuple[Float[np.ndarray, " steps"], Float[np.ndarray
 
 
 def _smooth(y: Float[np.ndarray, " steps"], width: float) -> Float[np.ndarray, " steps"]:
-    """Smooth with a Gaussian of standard deviation `width` steps, cut off at both ends."""
+    """Smooth with a Gaussian kernel whose standard deviation is `width` steps."""
     distance = np.subtract.outer(np.arange(len(y)), np.arange(len(y))) / width
     weights = np.exp(-(distance**2) / 2)
     return weights @ y / weights.sum(axis=1)
 
 
 def _standard_error(y: Float[np.ndarray, " steps"], width: float) -> float:
-    """Estimate the standard error of a smoothed loss, unaffected by its trend and by outliers."""
+    """Estimate the standard error of a smoothed loss; trends and outliers have little effect."""
     jumps = np.diff(y)
     noise = 1.4826 * float(np.median(np.abs(jumps - np.median(jumps)))) / math.sqrt(2)
     return noise / math.sqrt(2 * math.sqrt(math.pi) * width)

@@ -53,7 +53,7 @@ class Rows(Sequence[Mapping[str, Any]]):
         longest_row: Index of the longest row that was read.
         empty: Number of rows without tokens among those that were read.
         labels_are_ids: Whether the labels equal the input_ids, as transformers' models expect; None
-            if the rows do not show this.
+            if unknown.
         unused: Names of columns that are not used.
 
     Raises:

@@ -107,7 +107,7 @@ class GivenBatches(BatchSource):
         """Do nothing; the caller owns the iterable."""
 
     def _endless(self, batch_size: int) -> Iterator[Batch]:
-        """Yield the batches of pass after pass; stop after one pass if the data is an iterator."""
+        """Yield the batches of endless passes; stop after one pass if the data is an iterator."""
         for _ in itertools.count():
             empty = True
             for batch in self._whole_batches():
@@ -129,7 +129,7 @@ class GivenBatches(BatchSource):
         return self._kept
 
     def _whole_batches(self) -> Iterator[Batch]:
-        """Yield one pass in batches [batch_size, block_size]."""
+        """Yield the batches of one pass, [batch_size, block_size]."""
         size = self.batch_size
         items = map(self._check, itertools.count(), self.batches)
         for raw in self._rows_in_batches(items) if self.batches.are_rows else items:
@@ -177,10 +177,10 @@ class GivenBatches(BatchSource):
 def fingerprint_of_batches(batches: Begun) -> str | None:
     """Fingerprint a list of batches, or a DataLoader; None for other iterables.
 
-    The fingerprint of a DataLoader covers its rows, its collator (by the output for the first
-    rows), and its sampler (by its class and its public numbers, such as indices and weights). It
-    does not cover the order of a shuffled DataLoader. It is None if the collator draws random
-    numbers, or if the sampler has other state.
+    The fingerprint of a DataLoader covers the rows, the output of the collator for the first rows,
+    and the class and public numbers of the sampler, such as indices and weights. It does not cover
+    the order of a shuffled DataLoader. If the collator draws random numbers, or the sampler has
+    other state, there is no fingerprint, and the result is None.
     """
     if batches.in_memory:
         return fingerprint_of(batches.in_memory)

@@ -41,7 +41,7 @@ class EvalRequests:
 
     @property
     def fingerprint(self) -> str:
-        """Text that is equal for equal requests."""
+        """Hash of all requests."""
         content = {
             name: [(request.pairs, request.gold) for request in task.requests]
             for name, task in self.tasks.items()
@@ -152,7 +152,7 @@ def request_scorer(
     Args:
         kind: Dtype of the computation.
         attention: Attention backend.
-        batch_size: Rows per batch; rounded up to a multiple of the data-parallel devices.
+        batch_size: Rows per batch, rounded up to a multiple of the number of data-parallel devices.
     """
     share = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
     return Scorer(config, params, mesh, kind, attention, math.ceil(batch_size / share) * share)

@@ -101,7 +101,7 @@ class ProcessUsage:
 
 @dataclass
 class Adviser:
-    """Chooses advice for a run; gives each piece once. Every checkpoint contains this state.
+    """Chooses advice for a run, and gives each piece once. Checkpoints contain all attributes.
 
     Attributes:
         given: names of the advice already given.

@@ -51,7 +51,7 @@ class Contents:
     """The files of a run in a bucket.
 
     Attributes:
-        objects: Stored objects by name, relative to the URL; without the lease.
+        objects: All stored objects except the lease, by name relative to the URL.
         record: Identity of the run; None if there is no run.
     """
 
@@ -81,7 +81,7 @@ class Contents:
 
 
 class RemoteRun:
-    """The copy of a run below a URL.
+    """The copy of a run in a bucket.
 
     Raises:
         UserError: The URL is invalid, or the library for its store is not installed.

@@ -52,8 +52,8 @@ def matrix_sides(axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def decay_mask(logical_axes: Params) -> Any:
     """Return a tree like `logical_axes`: True for matrices, which decay, False for the rest.
 
-    Norms and biases do not decay. Embeddings decay, as in nanoGPT (after Brown et al., 2020). OLMo
-    2 (2025) does not decay embeddings. This is not copied, because a tied embedding is also the
+    Norms and biases do not decay. Embeddings decay, as in nanoGPT (after Brown et al., 2020). In
+    OLMo 2 (2025), embeddings do not decay; here they do, because a tied embedding is also the
     output matrix.
     """
     return map_axes(is_matrix, logical_axes)
@@ -134,7 +134,8 @@ def describe_groups(options: OptimizerOptions, shapes: Params, logical_axes: Par
     groups = parameter_groups(logical_axes)
     if options.base is not None:
         base = options.base
-        parts.append(f"rates by muP from a model {base.hidden_dim} wide, {base.num_layers} layers")
+        small = f"{base.num_layers} layers of width {base.hidden_dim}"
+        parts.append(f"rates scaled by muP from a model with {small}")
     for name, factor in parse_multipliers(options.lr_multipliers).items():
         members = jax.tree.map(lambda group, name=name: group == name, groups)
         parts.append(f"{name} at {factor:g} x the rate: {count(members)}")

@@ -104,12 +104,13 @@ def _look(file: Path, key: str, counts: Mapping[str, int]) -> tuple[Found, str]:
 
 
 def ready_to_evaluate(inputs: RunInputs, path: Path) -> None:
-    """Load the reference of the validation pairs from the run directory, or compute it.
+    """Load the reference log-probabilities of the validation pairs from the run directory.
 
-    If the directory has no reference, the current model computes it, and it is not written.
+    If the directory has none, compute them with the current model, and do not write them.
 
     Raises:
-        UserError: The model cannot be read, or the directory has the reference of another model.
+        UserError: The model cannot be read, or the log-probabilities in the directory are those of
+            another model.
     """
     if not inputs.program.trains_on_pairs:
         return

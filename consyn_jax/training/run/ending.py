@@ -202,10 +202,10 @@ def next_commands(
 
 
 def _held_out(data: DataOptions) -> tuple[str, ...]:
-    """Data with documents on which the run was evaluated but not trained.
+    """Data with held-out documents: the files of `--validation`.
 
-    These are the files of `--validation`. Without that flag, these are the token stores in
-    `--data`, because consyn-evaluate reads only the validation split of a store.
+    Without that flag, these are the token stores in `--data`, because consyn-evaluate reads only
+    the validation split of a store.
     """
     return data.validation or tuple(path for path in data.data if is_store(Path(path)))
 

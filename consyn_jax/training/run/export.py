@@ -39,7 +39,7 @@ def export_model(
 
     Args:
         before_name: Function that process 0 calls before the rename.
-        provenance: As for `seal`.
+        provenance: Argument of `seal`.
         save: Function that writes the parameters to a directory.
 
     Raises:

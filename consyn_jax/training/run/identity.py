@@ -175,8 +175,8 @@ def check_schedule(
     ]
     raise UserError(
         f"--output {run_path(config)} holds a run with another schedule: {'; '.join(changed)}; "
-        f"the learning rate would be {float(after(step)):.3g} instead of {float(before(step)):.3g} "
-        f"at step {step:,} of {total:,}, and {float(after(total - 1)):.3g} instead of "
-        f"{float(before(old_total - 1)):.3g} at the end. Use the old values, name another "
-        "directory, or add --overwrite_schedule to change the schedule."
+        f"the learning rate would change from {float(before(step)):.3g} to "
+        f"{float(after(step)):.3g} at step {step:,} of {total:,}, and from "
+        f"{float(before(old_total - 1)):.3g} to {float(after(total - 1)):.3g} at the end. Use the "
+        "old values, name another directory, or add --overwrite_schedule to change the schedule."
     )

@@ -27,7 +27,7 @@ def holds_model(directory: Path) -> bool:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """The format with all parameters, in the layout of Hugging Face."""
+    """Saves and loads all parameters, in the layout of Hugging Face."""
 
     def save(self, directory: Path, config: ModelConfig, params: Params) -> None:
         """Write config.json and the weights."""
@@ -40,11 +40,11 @@ class WholeModel:
 
 @dataclass(frozen=True)
 class AdapterOnly:
-    """The format with only the adapter, in the layout of PEFT.
+    """Saves and loads only the adapter, in the layout of PEFT.
 
     Attributes:
         base: The base model, as adapter_config.json names it.
-        dtype: Dtype of the adapter's files, independent of the dtype of the base.
+        dtype: Dtype of the adapter in the file; the base may have another dtype.
     """
 
     options: LoraOptions

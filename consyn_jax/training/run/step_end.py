@@ -13,7 +13,7 @@ class StepEnd:
 
     Attributes:
         stop: Whether a signal or a callback ends the run.
-        last: Whether this is the last step of the budget.
+        last: Whether this is the last step of the run.
     """
 
     evaluate: bool = False

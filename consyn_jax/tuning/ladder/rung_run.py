@@ -31,7 +31,7 @@ from consyn_jax.tuning.varied_run import Settings
 
 NOISE = "gradient_noise.json"  # measurements by step, in the directory of the longest run
 METRIC = "eval/loss"
-BUDGETS = {"epochs", "max_steps", "total_tokens"}  # not compared, because the number of steps is
+BUDGETS = {"epochs", "max_steps", "total_tokens"}  # the number of steps is compared instead
 SAVE_MINUTES = 5.0  # default of --save_minutes for the runs of a ladder
 ORIGIN = "ladder"  # origin of the values that the ladder sets
 
@@ -85,7 +85,7 @@ class RungRun:
         Raises:
             Interrupted: a signal ended a run; the same command continues it.
             Diverged: the loss of a run was not finite.
-            UserError: the directory contains a run with other flags or data.
+            UserError: a run was started with other flags or data.
         """
         try:
             self._check_same()
@@ -102,10 +102,10 @@ class RungRun:
             remove(path / CHECKPOINTS)
 
     def _check_same(self) -> None:
-        """Check that the runs in the directories were started with the present flags and data.
+        """Check that the existing runs were started with the flags and data of this command.
 
         Raises:
-            UserError: the flags or data differ, or the longest run of shorter ones is gone.
+            UserError: the flags or data differ, or there are shorter runs but no longest run.
         """
         if not (is_finished(self.path) or saved_steps(self.path / CHECKPOINTS)):
             if left := next(filter(is_finished, self.paths[:-1]), None):
@@ -205,7 +205,8 @@ class RungRun:
         """Values of a run by flag name.
 
         Args:
-            decay_from: step of the longest run from which the run starts; None for the longest run.
+            decay_from: step at which a shorter run branches off from the longest run; None for the
+                longest run.
         """
         first = self.rung.starts[0]  # all starts are multiples of the first
         return {

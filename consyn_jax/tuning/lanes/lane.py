@@ -1,14 +1,15 @@
-"""Lanes: threads that train trials side by side, with programs that run for all lanes at once.
+"""Lanes: threads that train trials side by side, with compiled programs that all lanes share.
 
 A lane is a thread that works on one trial after another, with the training loop of
 `consyn-train`. Lanes take turns: only one lane runs at a time, until it calls a shared program.
-When all lanes have called the program, it runs once, with the states and batches of all lanes, and
-the turns begin again. Evaluations, log, checkpoints, pruning and resuming therefore work as in a
-single trial. Code in a lane need not be thread-safe, and trials end in a deterministic order.
+When all lanes have called the program, it runs once, with the states and batches of all lanes. Then
+the lanes take turns again. Evaluations, log, checkpoints, pruning and resuming therefore work as in
+a single trial. Code in a lane need not be thread-safe, and trials end in a deterministic order.
 
-A shared program stacks the states of all lanes; outside it, each lane has its own state. This
-costs a copy of all states in each step. In return, a lane can start a new trial by passing another
-state, lanes may be at different steps, and checkpoints and evaluations use a lane's state directly.
+A shared program stacks the states of all lanes; outside the program, each lane has its own state.
+Stacking costs a copy of all states in each step. In return, a lane can start a new trial by passing
+another state, lanes may be at different steps, and checkpoints and evaluations use a lane's state
+directly.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from consyn_jax.training.runtime.signals import Signals
 
 
 class LanesProgram(Protocol):
-    """A program that runs for all lanes at once.
+    """A compiled program that runs for all lanes at once.
 
     Attributes:
-        waits: whether this program runs only when no lane has called a program whose `waits` is
-            False.
+        waits: whether this program runs last if lanes have called several programs.
     """
 
     waits: bool
@@ -48,14 +48,15 @@ class _Closed(BaseException):
 
 
 class Lane:
-    """A thread that works on trials, and runs only in its turn.
+    """A thread that works on trials, and runs only while `go_on` waits for it.
 
     Args:
-        signals: record of the signals that the process received; the lane's trials read it.
+        signals: record of the signals that the process received, which the trials read.
 
     Attributes:
-        program: the program that the lane has called and waits for; None if the lane has ended.
-        arguments: arguments of this call.
+        program: the shared program that the lane has called and waits for; None if the lane has
+            ended.
+        arguments: arguments of the call of `program`.
         error: the error that has ended the lane; None if there is none.
     """
 

@@ -1,4 +1,4 @@
-"""Draw points of a finite search space that no trial has, as long as there are any."""
+"""Draw points of a finite search space that no trial has tried, as long as there are any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Point = tuple[Any, ...]
 
 
 def num_points(space: Sequence[Dimension]) -> int | None:
-    """Number of points of a search space; None if a range has any number of values.
+    """Number of points of a search space; None if it has a range of real numbers.
 
     >>> num_points([Dimension("num_layers", 2, 6), Dimension("optimizer", choices=("a", "b"))])
     10
@@ -30,18 +30,18 @@ def _values(dimension: Dimension) -> Sequence[Any]:
 
 
 class UntriedPoints:
-    """A sampler of Optuna that repeats the draws of another one until a point is new.
+    """A sampler of Optuna that repeats the draws of another sampler until a point is new.
 
     It has the methods of `optuna.samplers.BaseSampler`, which cannot be its base class, because
     Optuna is imported only where it is used.
 
     Args:
-        sampler: the sampler that draws.
+        sampler: the other sampler.
         space: a search space with a finite number of points.
         distributions: Optuna's distribution of each flag.
         trials: function that returns all trials of the study. The study that Optuna passes to a
             sampler has only part of them with `--pruner hyperband`.
-        seed: seed of the draw among untried points, if the sampler draws none.
+        seed: seed of the draw among untried points, used if the other sampler draws none of them.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class UntriedPoints:
         return self._distributions
 
     def sample_relative(self, study: Any, trial: Any, space: Any) -> dict[str, Any]:
-        """Draw a point that no other trial has; if there is none, any point."""
+        """Draw a point that no other trial has tried; if all are tried, draw any point."""
         names = list(self._distributions)
         tried = {
             tuple(other.params.get(name) for name in names)
@@ -96,7 +96,7 @@ class UntriedPoints:
         }
 
     def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
-        """Draw a value of a flag, as the sampler does."""
+        """Draw a value of a flag with the other sampler."""
         return self._sampler.sample_independent(study, trial, name, distribution)
 
     def before_trial(self, study: Any, trial: Any) -> None:

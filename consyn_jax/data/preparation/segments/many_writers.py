@@ -150,7 +150,7 @@ class ManyWriters:
     # ---------------------------------------------------------------------------------- beginning
 
     def _begin(self) -> Job:
-        """Begin a job, or continue that of an earlier command."""
+        """Begin a job, or continue the job of an earlier command."""
         tokenizer, single = self._tokenizer(), self._spec.is_one_text
         job = self._new_job(tokenizer, single)
         with self._writing_shared():
@@ -168,12 +168,12 @@ class ManyWriters:
         return job
 
     def _take_results(self, job: Job) -> bool:
-        """Take up the results of an earlier command; return whether there are any.
+        """Take over the results of an earlier command; return whether there are any.
 
         Results of another job are removed.
 
         Raises:
-            UserError: rows were skipped or repaired that are an error now.
+            UserError: the earlier command skipped or repaired rows, but now such rows are an error.
         """
         found = [path for path in job.root.iterdir() if GENERATION.fullmatch(path.name)]
         if len(found) == 1 and _is_same(_saved(job.root / JOB), job):
@@ -190,12 +190,13 @@ class ManyWriters:
         return False
 
     def _take_shards(self, job: Job, continues: bool) -> None:
-        """Take up the shards of an earlier command, unless another has changed the store since.
+        """Take over the shards of an earlier command, unless the store has changed since.
+
+        The shards may be older than the results, because a command may have been killed after it
+        took over the results and before it took over the shards.
 
         Args:
-            continues: whether the results were taken up. The last command may have been refused or
-                killed after it did so, before it came here; then the shards' directory still has
-                the generation of a command before it.
+            continues: whether the results of an earlier command were taken over.
         """
         found = job.earlier_shard_drafts if continues else []
         if len(found) == 1:
@@ -301,7 +302,7 @@ def _has_starts(job: Job) -> bool:
 
 
 def _saved(path: Path) -> Job | None:
-    """Read a job from a file; None if there is no readable one."""
+    """Read a job from a file; None if the file is missing or damaged."""
     try:
         return Job.from_json(read_whole(path))
     except _DAMAGED:
@@ -311,9 +312,9 @@ def _saved(path: Path) -> Job | None:
 def _is_same(old: Job | None, new: Job) -> bool:
     """Whether the job `new` can use the finished tasks of the job `old`.
 
-    The two jobs may treat bad rows differently; the reports of the segments show whether that
-    matters. The working directories may differ, too: the key includes the content of all files, and
-    their names are compared.
+    The two jobs may treat bad rows differently: `_take_results` checks that with the reports of the
+    segments. They may also have different working directories, because the names and the content of
+    all files are compared.
     """
 
     def compared(job: Job) -> str:

@@ -44,7 +44,7 @@ def flags_for(row: dict) -> str:
 
 
 def is_dialogue(value: Any) -> bool:
-    """Whether a value is an array of messages, or a string that begins like the JSON of one."""
+    """Whether a value is an array of messages, or JSON text of an array of objects."""
     if isinstance(value, str):
         return value.lstrip()[:2] == "[{"
     first = value[0] if isinstance(value, list) and value else None

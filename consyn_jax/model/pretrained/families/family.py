@@ -22,8 +22,8 @@ class Family:
         read: Function that reads a config.json and returns the fields of `ModelConfig` that only
             some families have. Raises `Unsupported`, or the errors of `Option.read`.
         write: Function that returns the keys and values of config.json for these fields.
-        block: Name of each parameter of a block -> name of its tensor. Parameters with the same
-            tensor are concatenated in it, in this order.
+        block: Name of each parameter of a block -> name of its tensor in the file. Several
+            parameters may share a tensor, which holds them in the order of `block`.
         defaults: Values of keys that config.json may omit, as in transformers.
         renewed: Function that renames keys of older versions of transformers to the current names.
         rotates_in_part: Whether the layout supports rotating only a part of each head.

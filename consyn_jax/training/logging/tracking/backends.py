@@ -52,7 +52,7 @@ def user_makers(
     """Name and constructor of each callback that the user has chosen.
 
     Args:
-        options: `--logging_backend` names classes; their callbacks come first.
+        options: the options with `--logging_backend`. The classes that it names come first.
         origins: origin of each value of the run, by flag name.
         callbacks: callbacks that exist already.
 
