@@ -39,7 +39,7 @@ class Speed:
 
     Attributes:
         kind: the device's name.
-        matmul_flops: FLOP/s, counting a product of n x n as 2 n^3.
+        matmul_flops: FLOP/s, where the product of two n x n matrices counts as 2 n^3 FLOPs.
         copy_bandwidth: bytes per second, the sum of reads and writes.
         problem: why the device could not be measured; empty if it could be.
     """

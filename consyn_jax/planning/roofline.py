@@ -72,10 +72,10 @@ class StepTime:
         matmuls: time of matmuls. This time and the next two include the factor of `stretch_of`.
         attention: time of attention kernels.
         memory: time of memory-bound kernels.
-        optimizer: the update, including the summing of gradients over micro-batches, and the
-            transfer of moments to and from host memory.
-        network: time of the collectives over each tuple of mesh axes; under `HOST`, time of the
-            transfers of activations to host memory. Time that overlaps with kernels is included.
+        optimizer: time of the update, including the summing of gradients over micro-batches, and
+            the transfer of moments to and from host memory.
+        network: time of collectives, by their mesh axes. The key `HOST` has the time of transfers
+            of activations to and from host memory. Time that overlaps with kernels is included.
         exposed: the part of the network's time that adds to the step.
     """
 
@@ -137,7 +137,7 @@ def _bandwidth(gpu: DescribedGpu) -> float:
 
 
 def _matmul_seconds(work: Workload, gpu: DescribedGpu) -> float:
-    """Seconds of a step's matmuls: forward, backward with twice the work, and recomputation.
+    """Seconds of a step's matmuls: forward pass, backward pass (twice as long), recomputation.
 
     No policy recomputes the last matmul of a block, and `minimal` recomputes none. With LoRA, the
     backward pass computes no gradients of the frozen weights.

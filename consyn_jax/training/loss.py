@@ -135,8 +135,9 @@ def head_loss(
 
     Only `nll` of the result is differentiable. Matmuls run in the dtype of `x`; sums and the
     softmax are float32. In bfloat16, a device needs memory for the results, for a copy of the head,
-    and per logit of a chunk for 6 bytes, or 2 if logits are bfloat16, too (as measured in
-    tests/planning). The head's float32 gradient stays in memory from the forward pass on.
+    and for the logits of one chunk: 6 bytes per logit, or 2 if logits are bfloat16, too (as
+    measured in tests/planning). The head's float32 gradient stays in memory from the forward pass
+    on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
@@ -153,7 +154,8 @@ def head_objective(
 ) -> tuple[Float[Array, ""], LossSums]:
     """Compute the training objective, summed over tokens, and the sums of the plain loss.
 
-    Only the objective is differentiable, by `x` and the head. Memory use is as in `head_loss`.
+    Only the objective is differentiable, with respect to `x` and the head. Memory use is as in
+    `head_loss`.
     """
     weights, fixed = extras.arguments, extras.constants
     return _objective(x_BTD, head_VD, labels_BT, mask_BT, weights, vocab_size, fixed, chunks)

@@ -48,8 +48,8 @@ def open_file(file: Path) -> Iterator[Any]:
 def open_weights(directory: Path) -> Read:
     """Return a function that reads one tensor by name, from a single file or from shards.
 
-    The function also takes slices after the name, and then reads only this slice of the tensor. It
-    raises `UserError` if the tensor is damaged or missing.
+    If slices follow the name, the function reads only that part of the tensor. It raises
+    `UserError` if the tensor is damaged or missing.
 
     Raises:
         UserError: There is no safetensors file, or the index is wrong.

@@ -92,7 +92,7 @@ def same_command(options: SavingOptions) -> str:
 
 
 def found_study(path: Path) -> str | None:
-    """Name the part of a `consyn-tune` study in a directory, for a message; None without one."""
+    """Name the study or ladder of `consyn-tune` in a directory; None if there is none."""
     if (path / STUDY_RECORD).exists():
         return "a study of consyn-tune"
     if (path / LADDER_RECORD).exists() or any(path.glob(f"{RUNGS}/[0-9]*/{CONFIG}")):

@@ -29,7 +29,7 @@ class Tasks(AbstractContextManager["Tasks"]):
 
     @abstractmethod
     def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
-        """Size, time stamp and SHA-256 of each file; `done` is as for `run`.
+        """Size, time stamp and SHA-256 of each file; `done` is called in the same way as by `run`.
 
         Raises:
             UserError: a file cannot be read.

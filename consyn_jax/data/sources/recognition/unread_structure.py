@@ -51,8 +51,8 @@ def unused_separator(sources: Sequence[Source], separator: str) -> str:
     """Describe a `--document_separator` that separates nothing; mention CRLF if that is the cause.
 
     Args:
-        sources: the text files that are one document each.
-        separator: the separator, with newlines and tabs in place of their escapes.
+        sources: the text files that are read as one document each.
+        separator: the separator itself, without escapes.
     """
     wanted = separator.replace("\\", "\\\\").replace("'", "\\'").replace("\t", "\\t")
     said = wanted.replace("\n", "\\n").replace("\r", "\\r")
