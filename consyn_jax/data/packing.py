@@ -74,7 +74,7 @@ class PackedSequences(ABC):
         self.num_tokens, self.num_targets = split.num_tokens, split.num_targets
         self.num_documents, self.num_bytes = split.num_documents, split.num_bytes
         if bos_id is None and self.num_targets == self.num_tokens:
-            self.num_targets -= self.num_documents or 1  # their first tokens
+            self.num_targets -= self.num_documents or 1  # first tokens are not targets
 
     @abstractmethod
     def __len__(self) -> int: ...

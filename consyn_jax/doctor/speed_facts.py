@@ -73,7 +73,7 @@ def measure_speed(
             del a, b
             array = jnp.zeros(work.copy_bytes // 4, jnp.float32)
             copy_s = _seconds(jax.jit(lambda x: x + 1), (array,))
-    except jax.errors.JaxRuntimeError as error:  # such as no memory
+    except jax.errors.JaxRuntimeError as error:  # for example, the device has too little memory
         return Speed(device.device_kind, problem=str(error).strip().partition("\n")[0])
     return Speed(device.device_kind, dtype.name, 2 * n**3 / product_s, 2 * work.copy_bytes / copy_s)
 

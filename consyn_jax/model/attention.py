@@ -25,7 +25,7 @@ from consyn_jax.model.norms import NORMS, Norms, norm_then_rope
 from consyn_jax.model.rematerialisation import ATTENTION_OUTPUT, KERNEL_RESIDUALS
 
 Drop = Callable[[jax.Array], jax.Array]  # dropout of attention weights [B, K, N / K, T, S]
-NO_WINDOW = 2**30  # tokens; a window that no sequence fills
+NO_WINDOW = 2**30  # a window, in tokens, that is longer than any sequence
 
 
 class Documents(NamedTuple):
@@ -120,7 +120,8 @@ def causal_attention(
     assert dropout is None or chosen.drops_weights
     weights = ("batch", "heads", "sequence", None)
     B, T, N, _ = q_BTNH.shape
-    # Draw for the whole array, so that every mesh draws the same; each device then slices it.
+    # Draw the mask of the whole array, so that it is the same on every mesh. Each device then takes
+    # a slice.
     kept_BNTS = None if dropout is None else dropout.kept((B, N, T, T), weights)
     heads, kv_heads = (("batch", "sequence", name, None) for name in ("heads", "kv_heads"))
     # A device needs `first_BT` only for its own queries, but `last_BT` for all keys.

@@ -266,7 +266,7 @@ def _optimizer_seconds(work: Workload, gpu: DescribedGpu) -> float:
     parameters = trained / (work.sizes["fsdp"] * work.sizes["tensor"])
     added_up = 3 * FLOAT32 * work.accumulation if work.accumulation > 1 else 0
     seconds = parameters * (UPDATE_BYTES + 2 * work.moment_bytes + added_up) / _bandwidth(gpu)
-    if work.host_moments:  # one layer at a time, after all gradients: nothing hides the transfer
+    if work.host_moments:  # layer by layer, after all gradients, so no kernel hides the transfer
         transferred = 2 * work.moment_bytes * parameters
         seconds += transferred / (gpu.host_bandwidth * LINK_EFFICIENCY)
     return seconds

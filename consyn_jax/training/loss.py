@@ -224,7 +224,7 @@ def _on_device(x, head, labels, mask, extras, *, sizes, vocab_size, fixed, chunk
     """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
-    # In float16, the smallest gradients would underflow: the loss scale is applied only later.
+    # The smallest float16 gradients would underflow, because the loss scale is applied only later.
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     kernel = chunks.kernel and with_gradients and not vocab.mesh_axes
     chunk = partial(
@@ -332,7 +332,7 @@ def logits_of(weight_VD, x_nD, vocab: Vocabulary, dtype=jnp.float32):
 def softmax(logits_nV, labels_n, vocab: Vocabulary, with_mean: bool):
     """Compute the softmax probabilities, and the statistics of each token's logits, in float32."""
     if logits_nV.dtype == jnp.bfloat16:
-        # Where a product has no bfloat16 result, as on CPUs, XLA would leave the rounding out.
+        # XLA would leave the rounding out where matmuls cannot return bfloat16, as on CPUs.
         logits_nV = jax.lax.reduce_precision(logits_nV.astype(jnp.float32), 8, 7)
     is_word_nV = vocab.from_words(vocab.words_V < vocab.size)
     if vocab.padded:

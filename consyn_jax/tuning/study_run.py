@@ -218,12 +218,12 @@ class Tuning:
             return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
         except UserError as error:
             is_refused = isinstance(error, ValuesRefused) or (
-                # Otherwise all trials have the same program.
+                # Without compiled values, all trials have the same program and fail alike.
                 isinstance(error, StepTooLarge | OutOfMemory) and any(self.compiled)
             )
             if not is_refused or begun:
                 raise UserError(f"Trial {claim.number}: {error}") from error
-            # The advice about memory is for a run that can go on.
+            # Leave out the advice of `OutOfMemory`, which is for runs that can continue.
             fact = f"{error.fact}." if isinstance(error, OutOfMemory) else str(error)
             facts = {OUTCOME: FAILED, FAILURE: fact}
             end_trial(self.study, claim, path, None, facts)

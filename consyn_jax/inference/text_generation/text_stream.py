@@ -52,7 +52,7 @@ class TextStream:
     def __init__(self, decoder: Decoder, before: Sequence[int], stop: Sequence[str]) -> None:
         self._decoder, self._stop = decoder, tuple(s for s in stop if s)
         self._ids, self._start = list(before), 0
-        self._read = len(before)  # tokens whose text is in `_pending` or `text`
+        self._read = len(before)  # number of tokens whose text is in `_pending` or `text`
         self._pending, self.text, self.stopped = "", "", False
         self._forget()
 

@@ -15,7 +15,7 @@ from consyn_jax.errors import UserError, brief, listed
 from consyn_jax.files import check_is_no_pointer
 from consyn_jax.model.pretrained.config_json import read_json, write_json
 
-MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face splits
+MAX_SHARD_BYTES = 5 * 10**9  # the default of huggingface_hub
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Shards = dict[str, dict[str, int]]  # file -> tensor -> bytes

@@ -281,7 +281,7 @@ class RunDirectory:
                 os.stat(self._root),  # noqa: PTH116
                 os.fstat(self.place),
             )
-        except OSError:  # a missing directory was found by the check of the lock
+        except OSError:  # the check of the lock has already reported a missing directory
             return
         if is_other:
             # The other directory may have been moved here after the record was compared.
