@@ -365,6 +365,6 @@ def delete_run(path: Path) -> None:
     """Delete only the files that a run has written to its directory."""
     if not (path / CONFIG).is_file():
         return
-    # Delete config.yaml last: after a kill it still marks the rest as a run.
+    # Delete config.yaml last, so that after a kill it still marks the remaining files as a run.
     for entry in reversed(ENTRIES):
         remove(path / entry)
