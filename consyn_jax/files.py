@@ -84,8 +84,8 @@ def open_regular(path: str | Path, flags: int, mode: int = 0o644) -> int:
     This function can be passed as `opener` to Python's `open`.
 
     Raises:
-        OSError: `os.open` fails, the path is a symbolic link or no regular file, or a file to be
-            written has another hard link; `strerror` names the reason.
+        OSError: `os.open` fails, the path is not a regular file (a symbolic link, for example), or
+            a file to be written has another hard link. `strerror` names the reason.
     """
     try:
         safe = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -129,9 +129,9 @@ def aside(path: Path, kind: str = FRESH) -> Path:
 
 
 def refuse_unfinished(path: Path) -> None:
-    """Refuse a model directory whose write or removal was killed half-way.
+    """Refuse a model directory that a killed command has not finished writing or removing.
 
-    Files may be missing from it, which a reader cannot always notice.
+    Such a directory may lack files, which a reader cannot always notice.
 
     Raises:
         UserError: the path has a temporary name, as made by `aside`.
@@ -204,8 +204,7 @@ def _delete(path: Path) -> None:
 def restore_replaced(directory: Path, names: Collection[str]) -> None:
     """Clean up after a crash inside `write_whole` or `replace_directory`.
 
-    A directory that was being replaced gets its old name back, unless the
-    new directory already has it.
+    A directory that was being replaced gets its name back, unless the new directory has the name.
     """
     for name, kind, path in _asides(directory):
         if name not in names:
@@ -272,7 +271,7 @@ def strays(
     """Find special files, files that are too large, and links that lead out of the directory.
 
     Args:
-        patterns, named: the same as in `refuse_strays`.
+        patterns, named: the same as for `refuse_strays`.
 
     Yields:
         The path of each such file, and a message about it.

@@ -231,7 +231,8 @@ _KEYWORDS = {
 ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(
         (f.name for f in dataclasses.fields(DataOptions) if f.name != "max_tokens"),
-        "pass it to get_dataset; train_dataloader= takes the dataset that this returns",
+        "pass it to get_dataset, and pass the dataset that get_dataset returns as "
+        "train_dataloader=",
     ),
     **dict.fromkeys(
         (f.name for f in dataclasses.fields(ModelOptions)),

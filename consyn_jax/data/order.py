@@ -81,7 +81,7 @@ def permute(
 def _feistel(
     values: UInt64[np.ndarray, " count"], keys: UInt64[np.ndarray, " count"], bits: int
 ) -> UInt64[np.ndarray, " count"]:
-    """Permute range(2**bits): XOR each half of the bits in turn with a hash of the other."""
+    """Permute range(2**bits): in turn, XOR each half of the bits with a hash of the other half."""
     low_bits = np.uint64((bits + 1) // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << (np.uint64(bits) - low_bits)) - np.uint64(1)

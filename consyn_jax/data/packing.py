@@ -74,7 +74,7 @@ class PackedSequences(ABC):
         self.num_tokens, self.num_targets = split.num_tokens, split.num_targets
         self.num_documents, self.num_bytes = split.num_documents, split.num_bytes
         if bos_id is None and self.num_targets == self.num_tokens:
-            self.num_targets -= self.num_documents or 1  # their first tokens
+            self.num_targets -= self.num_documents or 1  # first tokens are not targets
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -97,9 +97,9 @@ class PackedSequences(ABC):
         return {name: values[0] for name, values in self.rows([i % len(self)]).items()}
 
     def _unpredicted(self, labels: np.ndarray) -> Bool[np.ndarray, "..."]:
-        """Mark the labels that are never predicted at the beginning of a document.
+        """Mark the labels that would not be predicted if they began a document.
 
-        Without BOS, these are all labels; with BOS, only labels that are BOS.
+        These are all labels if the tokenizer has no BOS; otherwise only labels that are BOS.
         """
         return np.full(labels.shape, True) if self.bos_id is None else labels == self.bos_id
 

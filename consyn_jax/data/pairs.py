@@ -50,9 +50,9 @@ class PairDataset(PackedSequences):
 
     Args:
         block_size: number of labels of a sequence; a row has twice as many.
-        on_long: what to do with a longer sequence: "truncate" cuts off its end, as TRL's
-            `keep_start` does; "drop" leaves the pair out; "error" raises an error. A pair is also
-            dropped if truncation would remove a whole answer.
+        on_long: what to do with a pair that has a longer sequence. "truncate" cuts off the end of
+            the sequence, as TRL's `keep_start` does. "drop" leaves the pair out. "error" raises an
+            error. A pair is also dropped if truncation would remove a whole answer.
 
     Attributes:
         num_long: number of pairs with a sequence longer than `block_size`.
@@ -85,7 +85,7 @@ class PairDataset(PackedSequences):
             longest = int(halves.labels[np.argmax(is_long)].max())
             raise UserError(
                 f"A pair has a sequence of {longest:,} tokens, more than the {block_size:,} of "
-                "--max_tokens, and --on_long_rows is error. Raise --max_tokens, or give "
+                "--max_tokens, which --on_long_rows error forbids. Raise --max_tokens, or give "
                 "--on_long_rows truncate or drop."
             )
         has_answers = (halves.answers < np.minimum(halves.labels, block_size)).all(1)

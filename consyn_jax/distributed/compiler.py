@@ -115,7 +115,7 @@ def names_in_xla_flags() -> set[str]:
     if text and not text.startswith("-"):
         try:
             text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):  # XLA reports it
+        except (OSError, UnicodeDecodeError):  # XLA reports the error
             return set()
     return set(re.findall(r"(?:^|\s)--?(\w+)", text))
 

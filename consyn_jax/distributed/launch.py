@@ -98,7 +98,7 @@ def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup
         devices = process_group.gather(_devices())
         refuse_differences([{"the devices of a process": text} for text in devices])
         yield process_group
-    except (Interrupted, Diverged) as ended:  # by all processes, or by one after the last step
+    except (Interrupted, Diverged) as ended:  # in all processes, or in one after its last step
         _shut_down(process_group, str(ended) if isinstance(ended, Interrupted) else "")
         raise
     except BaseException as error:
@@ -114,10 +114,10 @@ def runtime(run: RunConfig, prog: str = "consyn-train") -> Iterator[ProcessGroup
 def _shut_down(process_group: ProcessGroup, interruption: str = "") -> list[str]:
     """Wait for the other processes, and disconnect, at the end of a run in which none failed.
 
-    Process 0 may upload files for hours, and JAX's own wait would end after minutes. A first signal
-    does not end the wait, because nothing is left to save here: usually process 0 gets the same
-    signal, and then ends its uploads. If it does not, a second SIGINT or SIGTERM here ends all
-    processes.
+    Process 0 may upload files for hours, and JAX's own wait would end after minutes. The first
+    signal to this process does not end the wait, because this process has nothing left to save.
+    Usually process 0 gets the same signal, and then ends its uploads. If process 0 does not get it,
+    a second SIGINT or SIGTERM to this process ends all processes.
 
     Args:
         interruption: Message of the `Interrupted` that ended this process; "" if there was none.
@@ -265,7 +265,7 @@ def share_devices(processes: Sequence[tuple[str, Sequence[str]]]) -> list[list[i
         processes: Host name and visible GPUs (UUIDs) of each process.
 
     Returns:
-        For each process, the indices of its GPUs in its own list; None for all.
+        For each process, the indices of the visible GPUs that it uses; None if it uses all of them.
 
     Raises:
         UserError: the processes of a host cannot share its GPUs evenly.

@@ -125,5 +125,5 @@ def _cudnn(plugin: str) -> tuple[int | None, int | None]:
     built = int(versions.cudnn_build_version())
     try:
         return int(versions.cudnn_get_version()), built
-    except RuntimeError:  # the plugin's, if the library cannot be loaded
+    except RuntimeError:  # raised by the plugin if cuDNN cannot be loaded
         return None, built

@@ -39,7 +39,7 @@ class Speed:
 
     Attributes:
         kind: the device's name.
-        matmul_flops: FLOP/s, counting a product of n x n as 2 n^3.
+        matmul_flops: FLOP/s, where the product of two n x n matrices counts as 2 n^3 FLOPs.
         copy_bandwidth: bytes per second, the sum of reads and writes.
         problem: why the device could not be measured; empty if it could be.
     """
@@ -73,7 +73,7 @@ def measure_speed(
             del a, b
             array = jnp.zeros(work.copy_bytes // 4, jnp.float32)
             copy_s = _seconds(jax.jit(lambda x: x + 1), (array,))
-    except jax.errors.JaxRuntimeError as error:  # such as no memory
+    except jax.errors.JaxRuntimeError as error:  # for example, the device has too little memory
         return Speed(device.device_kind, problem=str(error).strip().partition("\n")[0])
     return Speed(device.device_kind, dtype.name, 2 * n**3 / product_s, 2 * work.copy_bytes / copy_s)
 

@@ -192,7 +192,9 @@ class MemoryEstimate:
 
 
 def logit_bytes(logit: int = FLOAT32, gradient: int = BF16) -> int:
-    """Bytes of memory per logit: the logit and its gradient, which replaces a logit of equal size.
+    """Bytes of memory per logit, for the logit and its gradient.
+
+    A gradient that has as many bytes as the logit overwrites the logit.
 
     >>> logit_bytes(), logit_bytes(BF16)
     (6, 2)

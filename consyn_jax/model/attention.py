@@ -25,7 +25,7 @@ from consyn_jax.model.norms import NORMS, Norms, norm_then_rope
 from consyn_jax.model.rematerialisation import ATTENTION_OUTPUT, KERNEL_RESIDUALS
 
 Drop = Callable[[jax.Array], jax.Array]  # dropout of attention weights [B, K, N / K, T, S]
-NO_WINDOW = 2**30  # tokens; a window that no sequence fills
+NO_WINDOW = 2**30  # a window, in tokens, that is longer than any sequence
 
 
 class Documents(NamedTuple):
@@ -120,7 +120,8 @@ def causal_attention(
     assert dropout is None or chosen.drops_weights
     weights = ("batch", "heads", "sequence", None)
     B, T, N, _ = q_BTNH.shape
-    # Draw for the whole array, so that every mesh draws the same; each device then slices it.
+    # Draw the mask of the whole array, so that it is the same on every mesh. Each device then takes
+    # a slice.
     kept_BNTS = None if dropout is None else dropout.kept((B, N, T, T), weights)
     heads, kv_heads = (("batch", "sequence", name, None) for name in ("heads", "kv_heads"))
     # A device needs `first_BT` only for its own queries, but `last_BT` for all keys.
@@ -308,16 +309,16 @@ class Backend:
 
     Attributes:
         attend: Computes attention on one device: `attend(q, k, v, visible, drop)`.
-        platforms: Platforms that the backend is for, as in `choose_attention`; empty for all.
-        obstacle: Returns why the backend cannot run, or None if it can. Takes the arguments of
-            `choose_attention`.
+        platforms: Platforms that the backend supports, as in `choose_attention`; empty for all.
+        obstacle: Returns the reason why the backend cannot run, or None if it can. Takes the
+            arguments of `choose_attention`.
         description: Short name of the backend, for the header of a run.
         saved_names: The `checkpoint_name`s of the arrays that the backward pass of attention needs,
             by default its output. Rematerialisation policies that do not recompute attention save
             the arrays with these names.
         norms: Returns the norms that blocks use with this backend, given the width of a head.
         writers: Returns the functions that write 8-bit operands in blocks, for runs in fp8.
-        drops_weights: Whether `attend` supports dropout of the attention weights, by `drop`.
+        drops_weights: Whether `attend` supports `drop`, the dropout of the attention weights.
     """
 
     attend: Callable[..., jax.Array]
@@ -330,7 +331,7 @@ class Backend:
     platforms: tuple[str, ...] = ()
 
 
-# Fastest first: the first backend for the platform without an obstacle is used.
+# Fastest first. The first backend that supports the platform and has no obstacle is used.
 BACKENDS = {
     "fused": Backend(
         _kernel_attention,
@@ -356,7 +357,7 @@ NO_KERNEL = "the {} has no fused kernel"
 
 
 class AttentionChoice(NamedTuple):
-    """The backend that will run, and why."""
+    """The attention backend that will run, and the reason for the choice."""
 
     backend: str
     reason: str

@@ -38,12 +38,12 @@ class Matmuls(Protocol):
     def normed_qkv(
         self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
     ) -> tuple[Stream, tuple[jax.Array, ...]]:
-        """Return x, and the products of its norm with the matrices of q, k and v."""
+        """Return x, and the products of norm(x) with the matrices of q, k and v."""
 
     def normed_mlp(
         self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
     ) -> tuple[Stream, Stream]:
-        """Return x + added, and SwiGLU's output on the norm of the sum, without the output bias."""
+        """Return y = x + added, and the MLP's output for norm(y) before the bias of `down`."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def matmuls_of(
 ) -> Callable[[Scales | None], Matmuls]:
     """Return a function that makes the matmuls of a block from the block's scales.
 
-    Only fp8 uses the scales. Two matmuls that read the same norm are computed as one if
+    Only fp8 uses the scales. Two matmuls that read the same norm are computed as one matmul if
     `norms.merges` is true. In fp8 they stay separate, because each matrix has its own scale. They
-    also stay separate if fsdp shards weights, because the gradient of a single matrix is ready for
-    its collective sooner.
+    also stay separate if fsdp shards weights: the collective of a single matrix's gradient can
+    start sooner.
     """
     if fp8:
         return lambda scales: EightBitMatmuls(norms.rotate, scales, recast, writers())

@@ -18,7 +18,7 @@ from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.tokenization.token_ids import as_array, check_fields, check_input_ids
 
 UNPADDED = "pass lists without padding, because prompts may have any length"
-MASKED = "put any id of the vocabulary there and 0 in segment_ids"
+MASKED = "put any id of the vocabulary there, and give segment_ids with 0 at padding"
 
 
 def checked_ids(
@@ -67,7 +67,7 @@ def _rectangle(values: Any, name: str) -> np.ndarray:
     except (ValueError, TypeError):  # lists of unequal length
         raise UserError(
             f"The model's {name} have rows of unequal length. Pad them at the end with any id, "
-            "and give segment_ids with 0 there."
+            "and give segment_ids with 0 at padding."
         ) from None
     return array.astype(np.int32) if array.dtype == np.int64 and _fits(array) else array
 

@@ -226,8 +226,8 @@ class Decoder(nnx.Module):
         Args:
             dropout: Dropout of the embedding, of the attention weights and of the branches of each
                 block, for training; None for no dropout.
-            scales: Scales of each block's 8-bit arrays, in fp8; None for scales that are computed
-                from the arrays themselves.
+            scales: Scales of each block's 8-bit arrays, for fp8; None to compute the scales from
+                the arrays.
         """
         return self.traced(input_ids, segment_ids, compute, dropout, lambda x_BTD: None, scales)[0]
 

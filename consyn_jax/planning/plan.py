@@ -156,7 +156,7 @@ class Alternative:
         variants with less recomputation come first, and then variants with fewer micro-batches.
         """
         time, work = self.plan.time, self.plan.work
-        recomputed = REMAT_POLICIES.index(work.remat)  # from none to most
+        recomputed = REMAT_POLICIES.index(work.remat)  # ordered from no recomputation to most
         length = recomputed + 1 - 1 / work.accumulation if time is None else time.total
         return "moment_dtype" in self.changes, length, len(self.changes)
 

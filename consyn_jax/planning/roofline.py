@@ -72,10 +72,10 @@ class StepTime:
         matmuls: time of matmuls. This time and the next two include the factor of `stretch_of`.
         attention: time of attention kernels.
         memory: time of memory-bound kernels.
-        optimizer: the update, including the summing of gradients over micro-batches, and the
-            transfer of moments to and from host memory.
-        network: time of the collectives over each tuple of mesh axes; under `HOST`, time of the
-            transfers of activations to host memory. Time that overlaps with kernels is included.
+        optimizer: time of the update, including the summing of gradients over micro-batches, and
+            the transfer of moments to and from host memory.
+        network: time of collectives, by their mesh axes. The key `HOST` has the time of transfers
+            of activations to and from host memory. Time that overlaps with kernels is included.
         exposed: the part of the network's time that adds to the step.
     """
 
@@ -137,7 +137,7 @@ def _bandwidth(gpu: DescribedGpu) -> float:
 
 
 def _matmul_seconds(work: Workload, gpu: DescribedGpu) -> float:
-    """Seconds of a step's matmuls: forward, backward with twice the work, and recomputation.
+    """Seconds of a step's matmuls: forward pass, backward pass (twice as long), recomputation.
 
     No policy recomputes the last matmul of a block, and `minimal` recomputes none. With LoRA, the
     backward pass computes no gradients of the frozen weights.
@@ -266,7 +266,7 @@ def _optimizer_seconds(work: Workload, gpu: DescribedGpu) -> float:
     parameters = trained / (work.sizes["fsdp"] * work.sizes["tensor"])
     added_up = 3 * FLOAT32 * work.accumulation if work.accumulation > 1 else 0
     seconds = parameters * (UPDATE_BYTES + 2 * work.moment_bytes + added_up) / _bandwidth(gpu)
-    if work.host_moments:  # one layer at a time, after all gradients: nothing hides the transfer
+    if work.host_moments:  # layer by layer, after all gradients, so no kernel hides the transfer
         transferred = 2 * work.moment_bytes * parameters
         seconds += transferred / (gpu.host_bandwidth * LINK_EFFICIENCY)
     return seconds

@@ -1,4 +1,4 @@
-"""Threads for uploads that do not keep the process alive when a server stops answering."""
+"""Threads for uploads; they do not keep the process alive when a server stops answering."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ class DaemonThreads(Executor):
     """An executor like `ThreadPoolExecutor`, but the interpreter does not wait for its threads.
 
     Args:
-        max_workers: The greatest number of threads; a thread is started with each of the first
-            tasks.
+        max_workers: Maximum number of threads. Each of the first `max_workers` tasks starts one.
     """
 
     def __init__(self, max_workers: int) -> None:
@@ -47,7 +46,7 @@ class DaemonThreads(Executor):
             task()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the threads after the tasks that were submitted."""
+        """End the threads after all submitted tasks."""
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads if wait else ():

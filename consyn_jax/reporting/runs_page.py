@@ -171,7 +171,7 @@ def _table(
 
     Args:
         rows: the cells of each row, as (text, value to sort by).
-        first: "mark" to put a dot in the colour of the run before its name.
+        first: "mark" to put a dot in the run's colour before the name of the run.
     """
     numeric = [any(isinstance(row[n][1], (int, float)) for row in rows) for n in range(len(head))]
     heads = "".join(

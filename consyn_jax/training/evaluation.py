@@ -32,7 +32,7 @@ def compile_evaluation(
 ) -> Callable[[Params], dict[str, float]]:
     """Compile the evaluation on `source`, and return it as a function of the model's parameters.
 
-    That function returns the metrics of `evaluate` and those of `source.requests`.
+    The function returns the metrics of `evaluate` and of `source.requests`.
 
     Args:
         batch_size: Sequences per batch.
@@ -67,9 +67,9 @@ def evaluate(
     """Compute metrics over one pass of the batches.
 
     The metrics are `eval/loss` (nats per token), `eval/perplexity`, `eval/accuracy`, `eval/tokens`
-    and `eval/bits_per_byte`. For pairs, they are `eval/pairs`, `eval/tokens`, and those of
-    `PairSums.means` with the prefix `eval/`.
-    The host adds up the sums in float64, one batch late, so that the device never waits for it.
+    and `eval/bits_per_byte`. For pairs, they are `eval/pairs`, `eval/tokens`, and the metrics
+    of `PairSums.means` with the prefix `eval/`. The host adds up the sums in float64, one batch
+    late, so that the device never waits for the host.
 
     Args:
         sums_of: Function that returns the loss sums of a batch, on the device.

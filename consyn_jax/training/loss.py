@@ -135,8 +135,9 @@ def head_loss(
 
     Only `nll` of the result is differentiable. Matmuls run in the dtype of `x`; sums and the
     softmax are float32. In bfloat16, a device needs memory for the results, for a copy of the head,
-    and per logit of a chunk for 6 bytes, or 2 if logits are bfloat16, too (as measured in
-    tests/planning). The head's float32 gradient stays in memory from the forward pass on.
+    and for the logits of one chunk: 6 bytes per logit, or 2 if logits are bfloat16, too (as
+    measured in tests/planning). The head's float32 gradient stays in memory from the forward pass
+    on.
     """
     nll, sums = head_objective(x_BTD, head_VD, labels_BT, mask_BT, vocab_size, Extras(), chunks)
     return sums._replace(nll=nll)
@@ -153,8 +154,8 @@ def head_objective(
 ) -> tuple[Float[Array, ""], LossSums]:
     """Compute the training objective, summed over tokens, and the sums of the plain loss.
 
-    Only the objective is differentiable, with respect to `x` and the head. It uses as much memory
-    as `head_loss`.
+    Only the objective is differentiable, with respect to `x` and the head. Memory use is as in
+    `head_loss`.
     """
     weights, fixed = extras.arguments, extras.constants
     return _objective(x_BTD, head_VD, labels_BT, mask_BT, weights, vocab_size, fixed, chunks)
@@ -223,7 +224,7 @@ def _on_device(x, head, labels, mask, extras, *, sizes, vocab_size, fixed, chunk
     """Compute sums over all devices, and this device's shards of the gradients."""
     token_axes = split_axes(sizes, "batch", "sequence")
     weight, vocab = gathered_head(x, head, sizes, vocab_size, chunks)
-    # In float16, the smallest gradients would underflow: the loss scale is applied only later.
+    # The smallest float16 gradients would underflow, because the loss scale is applied only later.
     dx_dtype = jnp.float32 if x.dtype == jnp.float16 else x.dtype
     kernel = chunks.kernel and with_gradients and not vocab.mesh_axes
     chunk = partial(
@@ -331,7 +332,7 @@ def logits_of(weight_VD, x_nD, vocab: Vocabulary, dtype=jnp.float32):
 def softmax(logits_nV, labels_n, vocab: Vocabulary, with_mean: bool):
     """Compute the softmax probabilities, and the statistics of each token's logits, in float32."""
     if logits_nV.dtype == jnp.bfloat16:
-        # Where a product has no bfloat16 result, as on CPUs, XLA would leave the rounding out.
+        # XLA would leave the rounding out where matmuls cannot return bfloat16, as on CPUs.
         logits_nV = jax.lax.reduce_precision(logits_nV.astype(jnp.float32), 8, 7)
     is_word_nV = vocab.from_words(vocab.words_V < vocab.size)
     if vocab.padded:

@@ -1,4 +1,4 @@
-"""Numbers of a train step, each a constant of the program or one of its arguments.
+"""Numbers of a train step that are constants or arguments of the compiled program.
 
 In `consyn-train` they are constants. In a study of `consyn-tune`, trials with different numbers
 share a program, and the numbers are its arguments.
@@ -37,7 +37,7 @@ class Extras(NamedTuple):
 
     @property
     def are_used(self) -> bool:
-        """Whether a term is on."""
+        """Whether any term is on."""
         return any(map(is_used, self))
 
     @property
@@ -47,5 +47,5 @@ class Extras(NamedTuple):
 
     @property
     def constants(self) -> Extras:
-        """The weights that are constants of the program; 0 for each of the others."""
+        """All weights, with 0 in place of those that are arguments of the program."""
         return self._replace(**dict.fromkeys(self.arguments, 0.0))

@@ -47,8 +47,8 @@ class Claim:
         number: number of the trial in the study.
         values: values of the varied flags, by flag name.
         trial: Optuna's trial object.
-        reported: evaluations reported so far, by number from 0; not empty if an earlier process
-            started the trial.
+        reported: value of each evaluation reported so far, by the number of the evaluation from 0.
+            Reports of earlier processes are included.
     """
 
     number: int
@@ -99,7 +99,7 @@ class OptunaStudy:
         name = "consyn" if options.storage is None else output.resolve().name
         with self._asking():
             if overwrite and options.storage is not None:
-                with suppress(KeyError):  # there is none
+                with suppress(KeyError):  # there is no such study
                     self._optuna.delete_study(study_name=name, storage=storage)
             self.identity = self._identify(storage, name, output)
             self.study = self._optuna.create_study(
@@ -112,7 +112,8 @@ class OptunaStudy:
             if IDENTITY not in self.study.user_attrs:
                 self.study.set_user_attr(IDENTITY, self.identity)
             _check_definition(self.study, definition, output)
-        directories = trial_directories(output)  # before the trials, which are older
+        # First the directories: the storage has a trial before the trial's directory is made.
+        directories = trial_directories(output)
         check_trials(self.trials, space, f"The study in {self.address}")
         check_values(directories, [trial.params for trial in self.trials])
 
@@ -172,8 +173,8 @@ class OptunaStudy:
             limit: number of trials after which no new trial begins.
 
         Returns:
-            The claim; None if there is no trial to continue or begin (other processes may still be
-            working on some).
+            The claim; None if there is no trial to continue or begin. Other processes may still be
+            working on trials.
         """
         with self._asking():
             trials = self.trials

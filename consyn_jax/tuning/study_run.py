@@ -121,13 +121,14 @@ class Tuning:
         self.quiet, self.failures = config.logging.quiet, 0  # failures in a row
 
     def run(self) -> StudyResults:
-        """Train trials until their number or their time limit is reached, and write the results.
+        """Run trials until the limit of trials or of time is reached, and write the results.
 
         Raises:
             Interrupted: a signal ended the current trials; the same command continues them.
-            Diverged, UserError: no trial is done; see `check_results`.
-            UserError: a trial failed for a reason other than its values; it stays open. Or
-                `MOST_FAILURES` trials failed in a row, and the study is not finished.
+            Diverged: no trial has a result, as in `check_results`.
+            UserError: no trial has a result, as in `check_results`. Or a trial failed for a reason
+                other than its values; the same command continues that trial. Or `MOST_FAILURES`
+                trials failed in a row before the study was finished.
         """
         self._print_header()
         if self.options.vectorize is None:
@@ -142,7 +143,7 @@ class Tuning:
         return results
 
     def _check_failures(self, results: StudyResults) -> None:
-        """Check that not all trials failed, and that failures did not end the command early."""
+        """Raise an error if all trials failed, or if failures ended the command early."""
         failed = results.count(FAILED)
         reasons = [t.user_attrs[FAILURE] for t in self.study.trials if FAILURE in t.user_attrs]
         if reasons and failed == len(results.trials):
@@ -158,7 +159,7 @@ class Tuning:
             )
 
     def _num_lanes(self, asked: str) -> int:
-        """Number of trials to train side by side, given by `--vectorize` or measured."""
+        """Number of trials to train at the same time, from `--vectorize` or by measurement."""
         ended = sum(trial.state.is_finished() for trial in self.study.trials)
         most = max(1, self.limit - ended)
         if (number := parse_lanes(asked)) is not None:
@@ -217,12 +218,12 @@ class Tuning:
             return TrialRun(self.study, claim, self.metric, self.maximize, path, trainer).run()
         except UserError as error:
             is_refused = isinstance(error, ValuesRefused) or (
-                # Otherwise all trials have the same program.
+                # Without compiled values, all trials have the same program and fail alike.
                 isinstance(error, StepTooLarge | OutOfMemory) and any(self.compiled)
             )
             if not is_refused or begun:
                 raise UserError(f"Trial {claim.number}: {error}") from error
-            # The advice about memory is for a run that can go on.
+            # Leave out the advice of `OutOfMemory`, which is for runs that can continue.
             fact = f"{error.fact}." if isinstance(error, OutOfMemory) else str(error)
             facts = {OUTCOME: FAILED, FAILURE: fact}
             end_trial(self.study, claim, path, None, facts)
@@ -308,7 +309,7 @@ class Tuning:
             console.header(rows, "consyn-tune")
 
     def _notes(self) -> list[tuple[str, str]]:
-        """Header rows about flags that are compiled, and about values that a search replaces."""
+        """Header rows about the flags that need further compilations or that --search replaces."""
         rows, replaced = [], [d.name for d in self.space if ", instead" in self.base[1][d.name]]
         each, others = self.compiled
         compiled = [f"again for each value of {', '.join(each)}"] if each else []

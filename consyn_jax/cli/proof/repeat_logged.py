@@ -113,8 +113,8 @@ def _documents(
     """Find the documents of a step.
 
     Returns:
-        The documents, or None if they are unknown; the reason why they are unknown, or ""; names of
-        source files that have changed.
+        The documents (None if they are unknown), the reason why they are unknown (otherwise ""),
+        and the names of source files that have changed.
     """
     from consyn_jax.data.learned_documents import DocumentFinder
 

@@ -12,7 +12,7 @@ from consyn_jax.data.preparation.corpus_report import CHANGES, NOTICES, RULES, R
 from consyn_jax.pages import escape, html_page
 
 PAGE = "report.html"
-SHOWN = 200  # sources, and files left out, that the page lists at most
+SHOWN = 200  # maximum number of sources, and of files left out, that the page lists
 
 Rows = Iterable[tuple[object, ...]]
 

@@ -29,7 +29,7 @@ class CleanedSegment:
     """A segment of a document after cleaning.
 
     Attributes:
-        texts: the text; a long one in several parts.
+        texts: the text of the segment; a long text is divided into several strings.
         trained: whether its tokens are targets of the loss.
     """
 
@@ -69,9 +69,9 @@ class Document:
     def digests(self) -> list[bytes]:
         """Digests of the document, for finding exact duplicates.
 
-        A document with a single segment has a digest for each part of its text. Other documents
-        have one digest, which covers the targets too, because documents with the same text and
-        different targets are not duplicates.
+        A document with a single segment has one digest for each of the segment's `texts`. Any other
+        document has one digest, which also covers the targets, because documents with the same text
+        and different targets are not duplicates.
         """
         if self.chat is not None:
             return [digest(self.text.encode() + b"\0" + self.chat.targets.tobytes())]

@@ -43,7 +43,7 @@ class HuggingFaceReader(Reader):
         return () if names_split(name) else hub.other_splits(remote)
 
     def files(self, name: str) -> tuple[Path, ...]:
-        """List the local files; none for a Hub dataset, because its name includes the commit."""
+        """List the files of a local dataset; empty for a Hub dataset."""
         return dataset_rows.files(Path(name)) if dataset_rows.is_dataset(Path(name)) else ()
 
     def size(self, name: str) -> int:

@@ -49,7 +49,7 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """Name for users and records: the URL of an object that was copied from a bucket."""
+        """Name for users and records; a file that is a copy from a bucket is named by its URL."""
         return with_urls(self.name)
 
     @cached_property

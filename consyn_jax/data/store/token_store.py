@@ -19,7 +19,7 @@ from consyn_jax.tokenization import BPETokenizer
 class TokenStore:
     """A token store on disk.
 
-    The constructor reads the manifest and the sizes of the files. Tokens are read later, in place.
+    The constructor reads the manifest and the sizes of the files, but no tokens.
 
     Attributes:
         holds_pairs: whether each document is a pair of answers, in the format of `manifest.py`.

@@ -19,7 +19,7 @@ class Value:
     """A metric's value for one model.
 
     Attributes:
-        interval: 95 % interval; None without resamples.
+        interval: 95 % interval; None if there are no resamples.
         difference: Difference from the first model's value; None for the first model.
         difference_interval: 95 % interval of the difference.
         changed: Share of the requests whose answer differs from the first model's.

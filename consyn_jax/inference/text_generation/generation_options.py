@@ -44,7 +44,7 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Choice of the next token; the defaults come from the model's generation_config.json."""
+    """Sampling of the next token; the model's generation_config.json has the defaults."""
 
     max_tokens: int | None = flag(None, "maximum number of new tokens (256)")
     temperature: float | None = flag(
@@ -62,7 +62,7 @@ class SamplingOptions:
     repetition_penalty: float | None = flag(
         None,
         "penalise tokens that are already in the text: divide their positive logits by this, "
-        "and multiply their negative logits (1)",
+        "and multiply their negative logits by it (1)",
     )
     seed: int = flag(0, "sampling seed; each text has independent draws")
     num_return_sequences: int = flag(1, "number of texts for each prompt", aliases=("n",))

@@ -18,7 +18,7 @@ def shown(text: str, stream: TextIO) -> str:
 class OrderedPrinter:
     """Prints texts in order, and streams the first unfinished text.
 
-    With several texts, a line before each names its prompt.
+    If there are several texts, a line before each text names its prompt.
     """
 
     def __init__(

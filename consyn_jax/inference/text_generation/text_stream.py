@@ -19,7 +19,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Decoder:
-    """Creates the text streams of a tokenizer; all share one table of its single-byte tokens.
+    """Creates text streams, which share one table of the tokenizer's single-byte tokens.
 
     A run of byte tokens is decoded as a unit: if it is not UTF-8, each byte becomes U+FFFD.
     """
@@ -52,7 +52,7 @@ class TextStream:
     def __init__(self, decoder: Decoder, before: Sequence[int], stop: Sequence[str]) -> None:
         self._decoder, self._stop = decoder, tuple(s for s in stop if s)
         self._ids, self._start = list(before), 0
-        self._read = len(before)  # tokens whose text is in `_pending` or `text`
+        self._read = len(before)  # number of tokens whose text is in `_pending` or `text`
         self._pending, self.text, self.stopped = "", "", False
         self._forget()
 
@@ -104,7 +104,7 @@ class TextStream:
                 return
 
     def _give(self, last: bool) -> str:
-        """Release the pending text up to a stop string, or up to a possible beginning of one."""
+        """Release the pending text up to a stop string, or up to what may begin a stop string."""
         found = [at for s in self._stop if (at := self._pending.find(s)) >= 0]
         if found:
             self.stopped = True

@@ -34,10 +34,10 @@ class Tile:
     """Block sizes and launch parameters of one kernel.
 
     Attributes:
-        own: Number of queries whose result a program computes; of keys, in the kernel of the keys'
-            gradient.
-        step: Number of keys that a program reads per loop iteration; of queries, in the kernel of
-            the keys' gradient.
+        own: Number of queries whose result a program computes. The kernel for the gradients of keys
+            and values computes the result of `own` keys instead.
+        step: Number of keys that a program reads per loop iteration. The kernel for the gradients
+            of keys and values reads `step` queries instead.
         num_warps: Warps per program.
         num_stages: Stages of the software pipeline.
     """

@@ -15,7 +15,7 @@ from consyn_jax.errors import UserError, brief, listed
 from consyn_jax.files import check_is_no_pointer
 from consyn_jax.model.pretrained.config_json import read_json, write_json
 
-MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face splits
+MAX_SHARD_BYTES = 5 * 10**9  # the default of huggingface_hub
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Shards = dict[str, dict[str, int]]  # file -> tensor -> bytes
@@ -48,8 +48,8 @@ def open_file(file: Path) -> Iterator[Any]:
 def open_weights(directory: Path) -> Read:
     """Return a function that reads one tensor by name, from a single file or from shards.
 
-    The function also takes slices after the name, and then reads only this slice of the tensor. It
-    raises `UserError` if the tensor is damaged or missing.
+    If slices follow the name, the function reads only that part of the tensor. It raises
+    `UserError` if the tensor is damaged or missing.
 
     Raises:
         UserError: There is no safetensors file, or the index is wrong.

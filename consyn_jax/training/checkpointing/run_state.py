@@ -16,7 +16,7 @@ from consyn_jax.training.optim.schedules import Plateau
 
 @dataclass
 class Progress:
-    """The progress of a run that does not follow from its configuration.
+    """The part of a run's progress that the configuration does not determine.
 
     Attributes:
         clipped: Number of steps with clipped gradients since the last line of metrics.
@@ -69,7 +69,7 @@ def checked(kind: Any, values: Any) -> Any:
     """Build a dataclass from a dictionary of its fields, and check their types.
 
     Raises:
-        TypeError: A value has another type.
+        TypeError: A value has the wrong type.
         KeyError: A field is unknown.
     """
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Repeat a logged step of a run from an earlier checkpoint, without writing to its directory."""
+"""Repeat a logged step of a run from an earlier checkpoint; the run directory is only read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Largest relative difference of a repeated from a logged value; 0 if none was logged."""
+        """Largest relative difference between repeated and logged values; 0 if none is logged."""
         logged = (self.logged or {}).items()
         return max((_apart(value, self.repeated[name]) for name, value in logged), default=0.0)
 

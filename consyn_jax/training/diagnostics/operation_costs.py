@@ -33,7 +33,8 @@ class Cost(NamedTuple):
         flops: FLOPs of its matmuls. A matmul in 8 bits counts as half, since GPUs run it at twice
             the rate. Attention counts as causal over the whole sequence, even if the sequence
             contains several documents.
-        bytes: Bytes of the operands and results; slices that are not read do not count.
+        bytes: Bytes of the operands and results. If only a slice of an operand is read, only the
+            slice counts.
     """
 
     flops: float
@@ -44,7 +45,7 @@ def operation_costs(program: str) -> dict[str, Cost]:
     """Compute the cost of each instruction, by name, from the text of a compiled program.
 
     Raises:
-        ValueError: The text is not that of a compiled program.
+        ValueError: `program` is not the text of a compiled program.
     """
     bodies, _ = computations(program)
     flops = MatmulFlops(bodies)

@@ -31,7 +31,7 @@ from consyn_jax.training.inputs.given import Rows
 
 
 class ItemDataset:
-    """Rows that are read one by one, such as those of a torch or datasets Dataset.
+    """Rows that are read one by one, for example from a `Dataset` of torch or datasets.
 
     Args:
         block_size: Tokens per sequence; shorter rows are padded.

@@ -1,4 +1,4 @@
-"""The files of a run directory as they are uploaded: which ones, and how much of each."""
+"""Select the files of a run directory to upload, and read files that may grow meanwhile."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def files_of(path: Path) -> Iterator[Path]:
 
 
 def as_it_is(descriptor: int) -> io.BufferedReader:
-    """Open a file up to its size now, even if it grows meanwhile."""
+    """Open a file for reading; bytes that are appended after this call are not read."""
     return io.BufferedReader(_Bounded(descriptor), 1 << 20)
 
 
 class _Bounded(io.RawIOBase):
-    """Reads a file up to its size at opening."""
+    """Reads a file up to the size that the file had when this object was made."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._place = descriptor, 0

@@ -16,10 +16,11 @@ from consyn_jax.training.optim.groups import Axes
 
 
 def cautious_adamw(options: OptimizerOptions, logical_axes: Params) -> optax.GradientTransformation:
-    """Optax transformation from gradients to Adam's update directions, masked by their signs.
+    """Optax transformation from gradients to masked update directions of Adam.
 
-    Source: Liang et al. (2024), algorithm 2. Elements of the direction whose sign differs from that
-    of the gradient become 0. If n of d elements remain, they are multiplied by d / (n + 1).
+    Source: Liang et al. (2024), algorithm 2. An element of the direction becomes 0 if its sign
+    differs from the sign of the gradient. If n of d elements remain, they are multiplied by
+    d / (n + 1).
     Although layers are stacked in one array, each layer is masked and scaled separately.
     """
     rule = optax.with_extra_args_support(adam(options))

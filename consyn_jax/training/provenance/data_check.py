@@ -120,7 +120,7 @@ def _source_fault(entry: dict[str, Any], file_hash: Callable[[Path], str]) -> st
 
 
 def _check_sources(sources: list[dict[str, Any]], directory: Path, found: Findings) -> None:
-    """Compare the source files of a token store with their recorded hashes, if they still exist."""
+    """Compare the source files of a token store that still exist with their recorded hashes."""
     if not sources:
         found.unchecked.append(f"data: {directory} has no record of its sources")
     expected: dict[Path, str] = {}

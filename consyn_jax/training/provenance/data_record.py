@@ -91,7 +91,7 @@ def _record_stores(shards: Sequence[Shard]) -> dict[str, Any]:
 
 
 def _url_of(path: Path) -> dict[str, str]:
-    """The URL of a path that is a copy from a bucket, as the value `url`; {} for others."""
+    """The entry `url` with the URL of a copy from a bucket; {} if `path` is not such a copy."""
     url = with_urls(str(path))
     return {} if url == str(path) else {"url": url}
 

@@ -92,7 +92,7 @@ def same_command(options: SavingOptions) -> str:
 
 
 def found_study(path: Path) -> str | None:
-    """Name the part of a `consyn-tune` study in a directory, for a message; None without one."""
+    """Name the study or ladder of `consyn-tune` in a directory; None if there is none."""
     if (path / STUDY_RECORD).exists():
         return "a study of consyn-tune"
     if (path / LADDER_RECORD).exists() or any(path.glob(f"{RUNGS}/[0-9]*/{CONFIG}")):
@@ -281,7 +281,7 @@ class RunDirectory:
                 os.stat(self._root),  # noqa: PTH116
                 os.fstat(self.place),
             )
-        except OSError:  # a missing directory was found by the check of the lock
+        except OSError:  # the check of the lock has already reported a missing directory
             return
         if is_other:
             # The other directory may have been moved here after the record was compared.
@@ -365,6 +365,6 @@ def delete_run(path: Path) -> None:
     """Delete only the files that a run has written to its directory."""
     if not (path / CONFIG).is_file():
         return
-    # Delete config.yaml last: after a kill it still marks the rest as a run.
+    # Delete config.yaml last, so that after a kill it still marks the remaining files as a run.
     for entry in reversed(ENTRIES):
         remove(path / entry)

@@ -50,12 +50,12 @@ def open_run_directory(
 ) -> RunDirectory:
     """Open the run directory of `config`, and create it if necessary.
 
-    With several processes, process 0 opens it, and the others wait until they see its lock.
+    In a run of several processes, all of them wait until process 0 has locked the directory.
 
     Args:
-        derived, is_trial: As for `check_output`.
+        derived, is_trial: The same as for `check_output`.
         write: Whether this process may create and delete files.
-        fetch: Called with the directory under its lock; it may copy a run into the directory.
+        fetch: Called with the path of the locked directory; it may copy a run into the directory.
 
     Raises:
         UserError: The directory has another run, is in use, is not writable, or is not shared.
@@ -72,7 +72,7 @@ def open_run_directory(
         lock = RunLock(path)
         restore_replaced(path, ENTRIES)
         fetch(path)
-        holds_run = check_output(config, derived, is_trial=is_trial)  # it may have changed since
+        holds_run = check_output(config, derived, is_trial=is_trial)  # the result may have changed
         if config.saving.overwrite:
             _overwrite(path)
         is_adopted = holds_run and not (path / RUN_JSON).exists()
@@ -132,9 +132,9 @@ def check_output(
     """Check that this run may use --output; return whether it resumes a run in that directory.
 
     Args:
-        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`. None before
-            the data is known; then only flags are compared.
-        is_trial: Whether the run is a trial of a study, which continues in its own directory.
+        derived: Values that follow from flags and data, see `identity.DERIVED_NAMES`. If it is
+            None, because the data is not known yet, only flags are compared.
+        is_trial: Whether the run is a trial of a study. Only such a run may resume a trial.
 
     Raises:
         UserError: The directory has another run, or cannot be written.

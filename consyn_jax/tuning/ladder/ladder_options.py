@@ -37,7 +37,7 @@ class LadderOptions:
     ladder: str | None = flag(
         None,
         "instead of --search: train models of several sizes, and predict the loss of larger "
-        f"ones; N: number of sizes, with --model as the largest (the bare flag means {RUNGS}); "
+        f"ones; N: number of sizes (the bare flag means {RUNGS}), where --model is the largest; "
         "SIZE,...: sizes in parameters without embeddings, such as 1e5,2e5,4e5",
         const=str(RUNGS),
     )
@@ -46,8 +46,9 @@ class LadderOptions:
     )
     predict: tuple[str, ...] = flag(
         (),
-        "with --ladder: budgets for which to predict losses and the best model size, such as "
-        "flops=1e20 or tokens=20e9 (only losses, for the budget that --tokens_per_parameter gives)",
+        "with --ladder: budgets for which to predict losses, such as flops=1e20 or tokens=20e9; "
+        "a budget in FLOPs also predicts the best model size; without this flag, "
+        "--tokens_per_parameter gives the budgets",
     )
 
 

@@ -137,7 +137,7 @@ class Ladder:
         return LadderResults(forecast, self._flops(), tokens, predicted, best, left_out)
 
     def _batches(self) -> list[BatchPoint]:
-        """The noise scales of all sizes, without points at which none could be measured."""
+        """The noise scales of all sizes, where they could be measured."""
         found = []
         for run in self.runs:
             rung, measured = run.rung, run.noise()
@@ -202,7 +202,7 @@ class Ladder:
                 f"up to about {PASSES} passes, repeated data is nearly as good as new data."
                 if self.passes <= PASSES
                 else f"after about {PASSES} passes, repeated data is clearly worse than new "
-                "data, so predictions hold only for runs with as many passes."
+                "data, so predictions hold only for the same number of passes."
             )
             said.append(
                 f"The largest size reads the training data {self.passes:.1f} times; {worth}"
@@ -262,7 +262,7 @@ class Ladder:
 
 
 def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> float:
-    """Maximum number of steps that the user's budgets allow a run."""
+    """Maximum number of steps of a run, from the user's budgets."""
     budget = replace(run.budget, epochs=epochs)
     if (budget.epochs, budget.max_steps, budget.total_tokens) == (None, None, None):
         return math.inf
@@ -270,7 +270,7 @@ def _most_steps(run: RunConfig, epochs: float | None, sequences: int | None) -> 
 
 
 def delete_ladder(output: Path) -> None:
-    """Delete the files of a ladder, and no others, in its directory, for `--overwrite`.
+    """Delete the files of a ladder from a directory, and keep all other files.
 
     Raises:
         UserError: another process trains one of the sizes.

@@ -8,9 +8,11 @@ There are two more:
     flags    PART, BEGINS, LAST and BLANK
 
 `partitions.py` describes further arrays, which are used to find duplicates. Large data is written
-to separate files while the segment is encoded: the token ids to `ids.bin`; to `targets.bin`, which
-tokens are targets, if some are not; and to `signatures.bin`, if near duplicates are left out, a
-signature for each row.
+to separate files while the segment is encoded:
+
+    ids.bin         token ids
+    targets.bin     whether each token is a target; no such file if all tokens are targets
+    signatures.bin  signature of each row; no such file if near duplicates are kept
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ class _Rows:
 
 
 class _Files:
-    """The files of token ids and signatures; a file of targets if some tokens are not targets."""
+    """Writes the files `ids.bin`, `targets.bin` and `signatures.bin` of a segment."""
 
     def __init__(self, place: Path, has_signatures: bool) -> None:
         self._place = place
@@ -153,7 +155,7 @@ class _Files:
         self._count = 0
 
     def add(self, documents: EncodedDocuments) -> None:
-        """Append the tokens and signatures of documents."""
+        """Append the token ids, targets and signatures of documents."""
         ids, targets = documents.ids, documents.targets
         if self._signatures is not None:
             self._signatures.write(np.ascontiguousarray(documents.signatures, np.uint32).data)

@@ -58,7 +58,7 @@ class Job:
         segment_bytes: bytes of text after which a segment ends.
         partitions: number of ranges into which digests and band keys are divided.
         shard_tokens: number of tokens after which a shard ends.
-        generation: random name of the command, and of the directories of its results.
+        generation: random name of the directories with the results of this command.
     """
 
     root: Path
@@ -149,10 +149,10 @@ class Job:
 
     @property
     def earlier_shard_drafts(self) -> list[Path]:
-        """The directories for shards of earlier commands with the same `root`.
+        """Directories for shards that earlier commands with the same `root` have left.
 
-        There is none if a command with one writer, or with another `root`, has changed the store
-        since.
+        The list is empty if a command with another `root`, or without --shared_directory, has
+        changed the store since then.
         """
         return list((self.output / PREPARING).glob(f"{self._shard_drafts}*"))
 
@@ -207,7 +207,7 @@ class Job:
         """Yield a draft for the files of a task; at the end, rename it to the task's directory."""
         place = self.place(phase, number)
         if not place.parent.is_dir():
-            # Without parents, because a later command may have renamed them.
+            # Do not make the parents: they are missing if a later command has renamed them.
             place.parent.mkdir(exist_ok=True)
             flush(self.results)
         draft = Draft(aside(place))
@@ -252,7 +252,7 @@ class Draft:
                 file.write(np.ascontiguousarray(array).data)
 
     def finish(self) -> None:
-        """Write the end of the file of arrays, and `result.json`; flush all to the disk.
+        """Write the end of the file of arrays, and `result.json`; flush both files to the disk.
 
         After the arrays, the file has a JSON object with the dtype, shape and offset of each array
         by name. The last eight bytes of the file are the size of this object.
@@ -270,7 +270,7 @@ class Draft:
 def _contents(path: Path, inode: int, changed_ns: int) -> dict[str, Any]:
     """Read the JSON object at the end of a file of arrays.
 
-    The inode and the time are only part of the cache key.
+    The inode and the time are used only by the cache, as parts of the key.
     """
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)

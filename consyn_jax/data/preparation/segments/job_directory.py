@@ -1,16 +1,16 @@
-"""The directory of a job inside --shared_directory; other people's files are never touched.
+"""The directory of a job inside --shared_directory; the files of other users are never touched.
 
-Other users may be able to write to --shared_directory, and the directory's name is predictable. So
-it may already exist, as another user's directory or as a link to somebody's files. Ours belongs to
-one user (mode 0700), because what it contains becomes part of the store. All processes of the
-preparation run as this user.
+Other users may be able to write to --shared_directory, and the name of a job's directory is
+predictable. So another user's directory, or a link to somebody's files, may already have this name.
+The directory of a job belongs to one user (mode 0700), because its content becomes part of the
+store. All processes of the preparation run as this user.
 
-The unfinished store has a note with the paths of these directories. A later command has to remove
-them when it finishes the store, or deletes it with `--overwrite`. Without the note it could not
-find them if it has no `--shared_directory`, or other data.
+The unfinished store has a note with the paths of its directories of segments. A later command has
+to remove these directories when it finishes the store, or deletes the store with `--overwrite`. If
+that command has different data or no `--shared_directory`, only the note tells it the paths.
 
-While a command uses the directory, it holds a lock in it. Otherwise two commands on different hosts
-would share the directory if each writes to a local disk under the same path.
+While a command uses the directory, it holds a lock in the directory. Otherwise, commands on two
+hosts would share the directory if their stores had the same path on two local disks.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ class _InUse(_Unusable):
 
 
 def open_directory(root: Path) -> int:
-    """Make the directory, or check one that exists; remove what a killed command left half-way.
+    """Make the directory, or check an existing one; remove incomplete files of killed commands.
 
     Returns:
         The descriptor of the locked lock file; close it to release the lock.
 
     Raises:
-        UserError: the directory is a link, belongs to another user, contains something else, or is
-            in use.
-        OSError: it cannot be written.
+        UserError: the directory is a link, belongs to another user, contains files that are not
+            from consyn-prepare, or is in use.
+        OSError: the directory cannot be written.
     """
     make_directory(root.parent)
     try:
@@ -134,7 +134,7 @@ def clear(root: Path, kept: Collection[str] = ()) -> None:
     Raises:
         OSError: a file cannot be removed.
     """
-    (root / JOB).unlink(missing_ok=True)  # first, since without it nothing else is continued
+    (root / JOB).unlink(missing_ok=True)  # first: without this file, no command continues the job
     flush(root)
     for entry in root.iterdir():
         if _OURS.fullmatch(entry.name) and entry.name not in (LOCK, *kept):
@@ -142,10 +142,11 @@ def clear(root: Path, kept: Collection[str] = ()) -> None:
 
 
 def check_directory(root: Path) -> None:
-    """Check that a directory of segments is ours.
+    """Check that a directory of segments is this user's, and from consyn-prepare.
 
     Raises:
-        UserError: it is a link, belongs to another user, or contains something else.
+        UserError: the directory is a link, belongs to another user, or contains files that are not
+            from consyn-prepare.
     """
     found = irregular(root, inside=False) or (None if root.is_dir() else (root, "a file"))
     entries = () if found else sorted(root.iterdir())
@@ -168,7 +169,7 @@ def check_directory(root: Path) -> None:
 
 
 def _owner_of_new(path: Path) -> int:
-    """The owner of a directory made here, which on some network storage is not this user."""
+    """The owner of a new directory beside `path`; not this user on some network storage."""
     probe = aside(path)
     probe.mkdir(mode=0o700)
     try:
@@ -185,7 +186,7 @@ def _owner(path: Path) -> int:
 
 
 def scratch_name(key: str, output: Path) -> str:
-    """The name of the directory of segments, a different one for each key and each output."""
+    """The name of the directory of segments; it differs for each key and each output."""
     return f"consyn-{key}-{_mark_of(output)}"
 
 
@@ -194,7 +195,7 @@ def _mark_of(output: Path) -> str:
 
 
 def note_scratch(output: Path, root: Path) -> None:
-    """Note that `root` has segments of the store in `output`.
+    """Add the path `root` of a directory of segments to the note of the store in `output`.
 
     Raises:
         OSError: the note cannot be written.
@@ -205,7 +206,7 @@ def note_scratch(output: Path, root: Path) -> None:
 
 
 def remove_scratch(output: Path) -> list[str]:
-    """Remove all segments of the store in `output`, which must be locked.
+    """Remove all segments of the store in `output`; the caller holds the lock of `output`.
 
     Returns:
         One or two sentences for each directory that was not removed, with the reason.
@@ -218,12 +219,13 @@ def remove_scratch(output: Path) -> list[str]:
             left.append(f"{refused.fact}.")
         except _Unusable as refused:
             left.append(
-                f"{refused.fact}. Segments of this store that may be there are not needed any more."
+                f"{refused.fact}. If {root} contains segments of this store, they are no longer "
+                "needed."
             )
         except OSError as error:
             left.append(
-                f"{root} may have segments of this store, which are not needed any more, and "
-                f"cannot be deleted from here ({error.strerror or error}). Delete it."
+                f"{root} cannot be deleted from here ({error.strerror or error}). If it contains "
+                "segments of this store, they are no longer needed. Delete the directory."
             )
     return left
 
@@ -232,8 +234,8 @@ def _remove(root: Path) -> None:
     """Remove a directory of segments; do nothing if it is gone.
 
     Raises:
-        UserError: the directory is not ours, or is in use.
-        OSError: it cannot be removed, or is on storage that this machine does not see.
+        UserError: the directory fails `check_directory`, or is in use.
+        OSError: the directory cannot be removed, or is on storage that this machine cannot access.
     """
     try:
         root.lstat()
@@ -257,7 +259,7 @@ def _remove(root: Path) -> None:
 
 
 def _noted(output: Path) -> list[Path]:
-    """Directories in the note that belong to this output by their names; others are not touched."""
+    """Directories in the note whose names belong to this output; other paths are ignored."""
     found: object = []
     with suppress(OSError, ValueError, RecursionError):  # no note, or a damaged one
         found = json.loads(read_whole(output / PREPARING / _NOTE))
@@ -272,11 +274,11 @@ def _noted(output: Path) -> list[Path]:
 
 
 def check_shared_directory(given: str, output: Path, options: CorpusOptions) -> None:
-    """Check that segments can be written to a directory, and are not read as data there.
+    """Check that segments can be written to a directory, and that no flag reads them as data.
 
     Raises:
-        UserError: it is not a directory, cannot be written, or overlaps --data, --validation or
-            --output.
+        UserError: the path is not a directory, cannot be written, or overlaps --data, --validation
+            or --output.
     """
     path = Path(given)
     _check_directory(path)
@@ -291,7 +293,7 @@ def check_shared_directory(given: str, output: Path, options: CorpusOptions) -> 
 
 def _overlap(path: Path, other: str) -> UserError:
     return UserError(
-        f"--shared_directory {path} and {other} overlap, so its segments would become part of the "
+        f"--shared_directory {path} and {other} overlap, so the segments would become part of the "
         "data or the store. Give a directory outside of --data and --output."
     )
 
@@ -317,7 +319,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _is_read(item: str, shared: Path) -> bool:
-    """Whether an item of --data may read segments in `shared`, now or later."""
+    """Whether an item of --data may match segments in `shared`, now or later."""
     path = Path(item).expanduser()
     if path.exists():
         found = path.resolve()

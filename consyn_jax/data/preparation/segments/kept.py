@@ -84,10 +84,10 @@ class _Decisions:
     # ------------------------------------------------------------------------------- counts
 
     def result(self) -> dict[str, Any]:
-        """Return the counts of the segment as values of JSON.
+        """Return the counts of the segment, for `result.json`.
 
-        "tokens" has the number of tokens in each split. "sources" has the index of each source, and
-        the numbers of its documents that were read and kept.
+        "tokens" has the number of tokens in each split. "sources" has a list for each source: the
+        source's index, the number of documents read, and the number of documents kept.
         """
         saved = self._job.result("segments", self._segment)
         report = Report(**saved["report"])

@@ -1,6 +1,7 @@
-"""Group documents into partitions: ranges of their digests, or of the keys of their bands.
+"""Group documents into partitions, which are ranges of digests or of band keys.
 
-Each segment has the following arrays. So do the long documents, once all segments are known:
+Each segment has the following arrays. Once all segments are known, all long documents together have
+such arrays, too:
 
     exact_ids      documents that are compared as exact duplicates, grouped by partition
     exact_digests  digests of these documents, in the same order

@@ -53,9 +53,9 @@ def in_order(
     """Yield (tag, block, result) in the order of the blocks.
 
     Args:
-        most: function that returns the largest number of blocks in progress; called for each
+        most: function that returns the maximum number of blocks in progress. It is called for each
             block.
-        most_bytes: largest total size of the blocks in progress, in bytes. A larger block is
+        most_bytes: maximum total size of the blocks in progress, in bytes. A larger block is
             processed alone.
     """
     pending: deque[tuple[Any, Block, Pending]] = deque()

@@ -103,8 +103,8 @@ def other_splits(path: Path) -> tuple[str, ...]:
 def size(name: str) -> int:
     """Return the size of a dataset's files in bytes.
 
-    For a Hub dataset, only files in the cache count. Its size is 0 before it is downloaded, and
-    while it is streamed.
+    For a Hub dataset, only files in the cache count. The size is 0 before the dataset is
+    downloaded, and while it is streamed.
     """
     found = files(Path(name)) if _local(name) else files_in_cache(hub_name(name))
     return sum(file.stat().st_size for file in found if file.is_file())

@@ -25,7 +25,7 @@ END_MARKERS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>"
 TOTAL_BYTES, LEAST_BYTES, MOST_FILES = 64 << 20, 1 << 16, 1000
 FEWEST_MARKERS = 2
 TABLE_LINES = 10
-MOST_NAMES = 100  # files whose line ends are looked at
+MOST_NAMES = 100  # number of files whose line ends are checked
 
 
 def unread_structure(
@@ -51,8 +51,8 @@ def unused_separator(sources: Sequence[Source], separator: str) -> str:
     """Describe a `--document_separator` that separates nothing; mention CRLF if that is the cause.
 
     Args:
-        sources: the text files that are one document each.
-        separator: the separator, with newlines and tabs in place of their escapes.
+        sources: the text files that are read as one document each.
+        separator: the separator itself, without escapes.
     """
     wanted = separator.replace("\\", "\\\\").replace("'", "\\'").replace("\t", "\\t")
     said = wanted.replace("\n", "\\n").replace("\r", "\\r")
@@ -78,7 +78,7 @@ def _ends_lines_with_returns(path: Path) -> bool:
     try:
         with ByteStream(path) as stream:
             return b"\r\n" in stream.read(LEAST_BYTES)
-    except UserError:  # the file has gone since
+    except UserError:  # the file no longer exists
         return False
 
 
@@ -99,7 +99,7 @@ def _structure(source: Source, markers: Sequence[str], size: int) -> Counter[tup
         found["notebook", ""] = 1
     elif _are_rows(lines):
         found["rows", "jsonl"] = 1
-    # Look for a table only if no markers were found: their bars look like column separators.
+    # Look for a table only if no markers were found: bars in markers look like column separators.
     elif not found and "csv" in READERS and (columns := _columns(lines[: 2 * TABLE_LINES])):
         found["table", "csv"] = columns
     return found

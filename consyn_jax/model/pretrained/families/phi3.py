@@ -1,4 +1,4 @@
-"""The phi3 layout, for phi-3 and phi-4: llama with fused matrices and optional partial rotation."""
+"""The phi3 layout, for phi-3 and phi-4: llama with fused matrices and, optionally, partial RoPE."""
 
 from __future__ import annotations
 

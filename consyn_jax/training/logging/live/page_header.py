@@ -52,8 +52,8 @@ def command_rows(config: Mapping[str, object], origins: Mapping[str, str]) -> li
     """The command that started a run, as a header row; an empty list for a run from Python.
 
     Args:
-        config: Values by flag name, as the user gave them. Automatically reduced batch sizes are
-            not included.
+        config: Values by flag name, as the user gave them; batch sizes are those before an
+            automatic reduction.
         origins: Origin of each value.
     """
     if not origins or "keyword" in origins.values():

@@ -152,7 +152,7 @@ def draw_figures(
 
 
 def section_of(figures: Sequence[str], note: str, legend: str = "") -> str:
-    """Join figures into an HTML section with buttons for the x axis; empty without figures."""
+    """Join figures into an HTML section with buttons for the x axis; empty if there are none."""
     if not figures:
         return ""
     buttons = "".join(

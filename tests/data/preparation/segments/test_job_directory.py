@@ -244,8 +244,8 @@ def test_storage_that_fails_is_named(
         patch.setattr(Path, fails, stale)
         (said,) = remove_scratch(output)
     assert said == (
-        f"{job.root} may have segments of this store, which are not needed any more, and cannot be "
-        "deleted from here (Stale file handle). Delete it."
+        f"{job.root} cannot be deleted from here (Stale file handle). If it contains segments of "
+        "this store, they are no longer needed. Delete the directory."
     )
 
 

@@ -419,5 +419,5 @@ def test_segments_do_not_become_data_or_a_part_of_the_store(
     shared = ("--engine", "ray", "--shared_directory", str(tmp_path / place))
     common = ("--data", str(tmp_path), "--output", str(output), "--tokenizer", "bytes", "--quiet")
     assert main([*common, *shared, "--overwrite"]) == 2
-    assert "overlap, so its segments would become part of" in capfd.readouterr().err
+    assert "overlap, so the segments would become part of" in capfd.readouterr().err
     assert (output / "manifest.json").exists()
