@@ -21,8 +21,6 @@ from consyn_jax.training.inputs.given_batches import GivenBatches
 from consyn_jax.training.inputs.indexed_batches import IndexedBatches
 from consyn_jax.training.inputs.items import ItemDataset, pack_token_lists
 
-CHECKED_ROWS = 64  # at once, in the search for a token that counts in an evaluation
-
 
 def as_source(
     data: Any,

@@ -154,8 +154,8 @@ def head_objective(
 ) -> tuple[Float[Array, ""], LossSums]:
     """Compute the training objective, summed over tokens, and the sums of the plain loss.
 
-    Only the objective is differentiable, with respect to `x` and the head. Memory use is as in
-    `head_loss`.
+    Only the objective is differentiable, with respect to `x` and the head. It uses as much memory
+    as `head_loss`.
     """
     weights, fixed = extras.arguments, extras.constants
     return _objective(x_BTD, head_VD, labels_BT, mask_BT, weights, vocab_size, fixed, chunks)

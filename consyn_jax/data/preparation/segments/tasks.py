@@ -29,7 +29,10 @@ class Tasks(AbstractContextManager["Tasks"]):
 
     @abstractmethod
     def hashes(self, paths: Sequence[Path], done: Callable[[int], None]) -> list[Any]:
-        """Size, time stamp and SHA-256 of each file; `done` is called in the same way as by `run`.
+        """Return the size, time stamp and SHA-256 of each file.
+
+        Args:
+            done: function that is called with the number of finished tasks so far.
 
         Raises:
             UserError: a file cannot be read.
