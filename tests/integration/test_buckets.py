@@ -160,6 +160,7 @@ def await_upload(child: Child, server: Server, key: str, marked: int) -> None:
             return
         assert child.alive, child.said
         assert time.monotonic() < deadline, child.said
+        time.sleep(0.01)
 
 
 def await_said(child: Child, text: str, times: int) -> None:

@@ -289,14 +289,15 @@ class TestOverwrite:
         again: str,
     ) -> None:
         errors: list[Exception] = [
-            UserError("The disk is full. Free space, and run the same command again, soon."),
+            UserError("The disk is full. Free space, and run the same command again with room."),
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory."),
         ]
         for error in errors:
             monkeypatch.setattr(f"consyn_jax.training.{function}", Mock(side_effect=error))
             run = here(tmp_path / "run", *TINY, "--data", corpus, *flags)
             assert run.code == 2
-            assert run.said.splitlines()[-1].rpartition("same command ")[2].startswith(f"{again}, ")
+            advice = run.said.splitlines()[-1].rpartition("same command ")[2]
+            assert advice.startswith(f"{again} with ")
 
     @pytest.mark.slow
     def test_the_run_goes_and_what_is_not_of_it_stays(

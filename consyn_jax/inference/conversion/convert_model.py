@@ -130,7 +130,7 @@ def _check_manifest(directory: Path) -> None:
     """Check an exported model against its manifest; a checkpoint is verified when it is read."""
     if has_manifest(directory) and (reason := disagreement(directory)):
         raise UserError(
-            f"{directory} is damaged: {reason}. Use another model of the run. If you changed the "
+            f"{directory} is damaged: {reason}. Use another model of the run; if you changed the "
             f"files yourself, delete {directory / MANIFEST}."
         )
 

@@ -92,11 +92,11 @@ FAULTY: dict[str, tuple[Any, str]] = {
     "a mask of 2": ([{**ROW, "attention_mask": [1, 1, 2, 2]}], "Row 0 .* 2 in attention_mask"),
     "positions below 0": (
         [{**ROW, "position_ids": [-1, 0, 1, 2]}],
-        "Row 0 .* first is at position 0",
+        "Row 0 .* first at position 0",
     ),
     "positions with a gap": (
         [{**ROW, "position_ids": [0, 1, 2, 3]}, {**ROW, "position_ids": [0, 1, 3, 4]}],
-        "Row 1 of train_dataloader has position_ids .* first is at position 2",
+        "Row 1 of train_dataloader has position_ids .* first at position 2",
     ),
     "one mask too many": (
         {"input_ids": [[1, 5], [1, 6]], "attention_mask": [[1, 1]] * 3},
