@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from consyn_jax.distributed.auto_mesh import Machine
-from consyn_jax.distributed.hardware import DESCRIBED, TPUS, DescribedGpu, Tpu
+from consyn_jax.distributed.hardware import DESCRIBED, TPUS, DescribedGpu, Tpu, described_gpu
 from consyn_jax.errors import UserError, nearest
 
 # A `stream_executor.GpuTargetConfigProto` in text format.
@@ -107,11 +108,34 @@ class GpuTopology(Topology):
         """Return descriptions of the GPUs, for which XLA can compile without the hardware."""
         from jax.experimental import topologies
 
+        _know_architectures()
         return topologies.get_topology_desc(
             platform="cuda",
             target_config=_TARGET.format(**vars(self.gpu)),
             topology=f"1x{self.hosts}x{self.gpus_per_host}",  # slices x hosts x GPUs per host
         ).devices
+
+
+def _know_architectures() -> None:
+    """Let JAX look up the architecture of a described GPU in this package's table.
+
+    From 0.12 on, JAX compiles kernels in Triton for the architecture that its own table gives, and
+    a GPU that the table lacks must be in the machine (jax-ml/jax pull request 39547): no RTX 3090
+    or L40S could be compiled for.
+    """
+    try:
+        gpu_info: Any = importlib.import_module("jax._src.pallas.triton.gpu_info")
+    except ModuleNotFoundError:  # before 0.12
+        return
+    ask_device: Callable[[str], str] = gpu_info._get_device_arch_name
+
+    def architecture(kind: str) -> str:
+        gpu = described_gpu(kind)
+        if gpu is None:
+            return ask_device(kind)
+        return ".".join([*re.findall(r"\d+", gpu.capability), "0"][:2])
+
+    gpu_info._get_device_arch_name = architecture
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,11 @@ def run_apart(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def dumping(place: Path) -> str:
+    """XLA's flags to write a program and its kernels' code; the latter on request from JAX 0.12 on."""
+    return f"--xla_dump_to={place} --xla_dump_emitter_re=.*"
+
+
 class Dumped(NamedTuple):
     """A step as it was compiled, its instructions, and the PTX of each kernel by its name."""
 
@@ -100,7 +105,7 @@ def dumped(name: str, gpu: str, precision: str = "bf16", logits: str = "float32"
     changes |= {"mixed_precision": precision, "logits_dtype": logits}
     with tempfile.TemporaryDirectory() as place:
         text = Path(place) / "program"
-        with mock.patch.dict(os.environ, XLA_FLAGS=f"--xla_dump_to={place}/dump"):
+        with mock.patch.dict(os.environ, XLA_FLAGS=dumping(Path(place) / "dump")):
             program = compile_train_step(*recipe(name, changes), f"{gpu}:1x1", text)
         files = [path.read_text() for path in Path(place).glob("dump/*train_step*.ptx")]
         ptx = {kernel: file for file in files for kernel in re.findall(r"\.entry (\w+)", file)}

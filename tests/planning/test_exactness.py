@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from analyses import unordered
-from recipes import STEPS, dumped
+from recipes import STEPS, dumped, dumping
 
 from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.planning import aot
@@ -47,7 +47,7 @@ print(jax.jit(lambda t, i, x: t.at[i].add(x)).lower(table, at, x).compile().as_t
 
 
 def test_an_atomic_scatter_is_found(tmp_path: Path) -> None:
-    text = run_child(SCATTER, XLA_FLAGS=f"--xla_dump_to={tmp_path}")[0]
+    text = run_child(SCATTER, XLA_FLAGS=dumping(tmp_path))[0]
     assert unordered(instructions(text))
     assert any(ATOMIC.search(path.read_text()) for path in tmp_path.glob("*.ptx"))
 
