@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import jax
 import jax.monitoring
@@ -25,20 +26,23 @@ from consyn_jax.distributed import hardware
 from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.arithmetic import train_flops_per_token
+from consyn_jax.model.attention import AttentionChoice
 from consyn_jax.model.parameters import layout
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
-from consyn_jax.resolve import preset_architecture
+from consyn_jax.resolve import preset_architecture, resolve
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training import ConsynTrainer
+from consyn_jax.training import ConsynTrainer, header
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.run_state import Progress
 from consyn_jax.training.dataset import get_dataset
 from consyn_jax.training.inputs.initial_model import DeferredModel, checked
 from consyn_jax.training.logging.metrics import MetricsLog, read_metrics
 from consyn_jax.training.optim.schedules import build_schedule
+from consyn_jax.training.program import Built
 from consyn_jax.training.run import beginning
 from consyn_jax.training.run.keywords import resolve_keywords
+from consyn_jax.training.run.recording import Lengths
 from consyn_jax.training.runtime import signals
 from consyn_jax.training.step import TrainState
 
@@ -593,6 +597,54 @@ def test_a_decay_only_reads_the_run_that_it_comes_from(
 
 
 # ----------------------------------------------------------------------------------- before it runs
+
+
+def test_a_run_is_what_its_data_and_tokenizer_are(tmp_path: Path) -> None:
+    """config.yaml has these values, and a resumed run must have the same."""
+    run = trainer(tmp_path / "run")
+    derived = run.derived()
+    assert run.eval_source is not None
+    assert derived["data"] == run.train_source.fingerprint != run.eval_source.fingerprint
+    assert derived["validation"] == run.eval_source.fingerprint
+    assert derived["tokenizer"] == TOKENIZER.sha256
+    assert (derived["sequences_per_step"], derived["total_steps"]) == (8, STEPS)
+    assert derived["weights"] == run._weights is not None
+    alone = trainer(tmp_path / "run", eval_dataloader=None, tokenizer=None).derived()
+    assert (alone["validation"], alone["tokenizer"]) == (None, None)
+    decay = trainer(tmp_path / "run", scheduler="wsd", decay_from=3)
+    assert "weights" not in decay.derived(), "it begins with those of a checkpoint"
+
+
+def test_the_time_of_a_run_counts_from_the_start_of_its_command(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run")
+    before = time.perf_counter()
+    assert before <= run.run_inputs().began <= time.perf_counter()
+    run.began = 2.5
+    assert run.run_inputs().began == 2.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "epoch", "warns"),
+    [
+        ({"lr": 1e-4}, None, False),
+        ({"lr": 1.1e-4}, None, True),
+        ({"lr": 1e-3, "lora_rank": 1}, None, False),
+        ({"lr": 1.1e-3, "lora_rank": 1}, None, True),
+        ({"batch_size": 8}, 8, False),
+        ({"batch_size": 9}, 8, True),
+        ({"batch_size": 9}, None, False),
+        ({"batch_size": 9, "total_tokens": 100}, 8, False),
+    ],
+    ids=str,
+)
+def test_settings_that_are_rarely_intended_are_warned_of(
+    flags: dict[str, Any], epoch: int | None, warns: bool
+) -> None:
+    """The rates of an adapter may be ten times as high."""
+    run, _ = resolve({"checkpoint": "there", "lr": 2e-5} | flags)
+    program = Mock(config=CONFIG)
+    built = Built(program, AttentionChoice("splash", ""), Mock(), Mock())
+    assert bool(list(header.warnings(run, built, Lengths(10, 1, 8, epoch, None)))) == warns
 
 
 def test_the_guides_call(tmp_path: Path) -> None:
