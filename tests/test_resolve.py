@@ -168,7 +168,7 @@ def test_a_flag_that_may_be_bare_may_be_true_or_false() -> None:
         ({"lora_rank": 4}, (2e-4, 0.0, 0.999)),
         ({"objective": "dpo"}, (1e-6, 0.0, 0.999)),
         ({"objective": "dpo", "lora_rank": 4}, (1e-5, 0.0, 0.999)),
-        ({"checkpoint": None, "model": "own/config.json"}, (3e-4, 0.1, 0.95)),
+        ({"checkpoint": None, "model": "/own/config.json"}, (3e-4, 0.1, 0.95)),
     ],
     ids=str,
 )

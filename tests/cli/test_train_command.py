@@ -13,6 +13,7 @@ from consyn_jax.cli import dry_run, train
 from consyn_jax.cli.proof import repeat_logged
 from consyn_jax.distributed import launch, process_group
 from consyn_jax.errors import UserError
+from consyn_jax.resolve import resolve
 from consyn_jax.training import trainer
 from consyn_jax.training.mirror import remote_run
 from consyn_jax.training.run import lock, opening
@@ -59,8 +60,7 @@ def test_a_directory_that_is_not_written_is_not_checked(
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_one_process_checks_the_directory(is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, checks = Mock(), Mock()
-    config.optimizer.decay_from, config.saving.output = None, "runs/a"
+    (config, _), checks = resolve({"output": "runs/a"}), Mock()
     monkeypatch.setattr(process_group, "is_first", lambda: is_first)
     for place, name in (
         (opening, "check_output"),

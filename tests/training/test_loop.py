@@ -109,7 +109,7 @@ def test_a_sample_follows_an_evaluation_if_there_is_time(
     training.progress.step = step
     training.inputs.tokenizer = "tokenizer" if has_tokenizer else None
     training.inputs.run.budget.seed = 7
-    training.report.time_for_sample = lambda: has_time
+    training.report.time_for_sample = lambda: "yes" if has_time else ""
     training._sample_in_time({})
     program = training.program
     expected = [(program.config, program.whole.return_value, "tokenizer", 7)]

@@ -14,6 +14,7 @@ from consyn_jax.flags import flat
 from consyn_jax.resolve import resolve
 from consyn_jax.training import open_run as module
 from consyn_jax.training.checkpointing.run_state import Progress
+from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.tracking.callbacks import Callbacks
 from consyn_jax.training.open_run import OpenRun, RunInputs, run_resources
 from consyn_jax.training.run.directory import RunDirectory
@@ -63,14 +64,18 @@ def test_a_signal_before_the_end_of_a_run_stays_what_it_is() -> None:
 
 # ------------------------------------------------------------------------ what each part is told
 
+RECORDS = ("MetricsLog", "ActivityClock", "RunView", "Recorder", "LiveReport")
 PARTS = ("Watchdog", "Console", "RunMirror", "Profile", "Checkpoints", "Signals", "StopCoordinator")
+
+
+CLASSES = {name: getattr(module, name) for name in (*PARTS, *RECORDS)}
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Mock]:
     """Classes of the module that only record what they are told, by name."""
     parts = {}
     for name in names:
-        instance = MagicMock(spec=getattr(module, name), name=name)
+        instance = MagicMock(spec=CLASSES[name], name=name)
         if hasattr(instance, "__enter__"):
             instance.__enter__.return_value = instance
         parts[name] = Mock(return_value=instance)
@@ -157,9 +162,7 @@ def test_the_records_of_a_run_begin_at_its_step(
     resumed: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time before the first line counts as "other", so that all activities add up."""
-    parts = replaced(
-        monkeypatch, "MetricsLog", "ActivityClock", "RunView", "Recorder", "LiveReport"
-    )
+    parts = replaced(monkeypatch, *RECORDS)
     beginning = Mock(rewind=Mock(return_value={"lost": 3}))
     beginning.open_callbacks.return_value = Mock(spec=Callbacks, run=Mock())
     monkeypatch.setattr(module, "beginning", beginning)
@@ -171,7 +174,8 @@ def test_the_records_of_a_run_begin_at_its_step(
     run, origins = resolve({})
     inputs = Mock(spec=RunInputs, run=run, origins=origins, header=[], began=12.5, eval_source=None)
     inputs.lengths, inputs.program = Mock(total_steps=10), Mock()
-    opened = Mock(spec=OpenRun, writes=True, directory=Mock(), console=Mock(), watchdog=Mock())
+    opened = Mock(spec=OpenRun, writes=True, directory=Mock(), watchdog=Mock())
+    opened.console = Mock(spec=Console)
     opened.coordinator, opened.checkpoints = Mock(), Mock()
     progress, stack = Progress(step=8, tokens=64), Mock(spec=ExitStack)
     found = module.open_records(inputs, opened, progress, resumed, None, stack)

@@ -32,9 +32,9 @@ LLAMA = replace(
     ("flags", "base", "context", "length"),
     [
         ({"model": "haiku"}, None, None, 256),
-        ({"model": "own/config.json"}, LLAMA, 64, 64),
-        ({"model": "own/config.json", "context": 48}, LLAMA, 48, 48),
-        ({"model": "own/config.json", "max_tokens": 16}, LLAMA, 64, 16),
+        ({"model": "/own/config.json"}, LLAMA, 64, 64),
+        ({"model": "/own/config.json", "context": 48}, LLAMA, 48, 48),
+        ({"model": "/own/config.json", "max_tokens": 16}, LLAMA, 64, 16),
         ({"checkpoint": "there"}, LLAMA, 64, 64),
     ],
 )
@@ -49,7 +49,7 @@ def test_the_length_of_a_sequence_follows_from_the_model(
 
 
 def test_a_sequence_is_not_longer_than_the_context() -> None:
-    run, _ = resolve({"model": "own/config.json", "max_tokens": 65})
+    run, _ = resolve({"model": "/own/config.json", "max_tokens": 65})
     with pytest.raises(UserError, match="--max_tokens 65 is above the model's context of 64"):
         with_sequence_length(run, LLAMA)
 
@@ -98,7 +98,7 @@ def with_ids(config: Any) -> Any:
 
 def test_new_weights_are_drawn_with_seed_and_base(made: Mock) -> None:
     """Their files are of the family of --model, in float32."""
-    given = {"model": "own/config.json", "seed": 9, "parametrization": "mup", "num_layers": 3}
+    given = {"model": "/own/config.json", "seed": 9, "parametrization": "mup", "num_layers": 3}
     run, _ = resolve(given)
     model = deferred_model(run, ModelChoice(LLAMA), 300, with_ids)
     files = FileFormat("llama", config='{"a": 1}')

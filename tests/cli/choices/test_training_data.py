@@ -67,7 +67,7 @@ def test_flags_that_data_does_not_use_are_refused(corpora: dict[str, str], tmp_p
         with pytest.raises(UserError, match=r"bad\.txt.*UTF-8"):
             check_data(options(**given))
         assert not check_data(options(invalid_utf8="replace", **given))
-    with pytest.raises(UserError, match=r"^--validation gone"):
+    with pytest.raises(UserError, match=r"^gone in --validation"):
         check_data(options(data=[store], validation=["gone"]))
 
 

@@ -220,8 +220,8 @@ def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
 
 def test_a_run_and_its_decay_have_at_least_one_step() -> None:
     """A decay of one step lowers no step's rate; the rate after the run is the lowest."""
-    few = rates("wsd", 1.0, 10, 0, 0.2, decay_ratio=0.01)
-    np.testing.assert_allclose(few, [1.0] * 10 + [0.2], rtol=1e-6)
+    last = rates("wsd", 1.0, 200, 0, 0.2, decay_ratio=1e-3)
+    np.testing.assert_allclose(last, [1.0] * 200 + [0.2], rtol=1e-6)
     assert [decay_end(step, 0.2) for step in (1, 2, 8)] == [2, 3, 10]
     short = [BudgetOptions(epochs=epochs) for epochs in (1e-3, 1.0, 1.01)]
     steps = [count_steps(budget, OptimizerOptions(), 32, 800) for budget in short]
