@@ -86,9 +86,7 @@ def test_omissions_are_warned_of(tokenizer: BPETokenizer, tmp_path: Path) -> Non
         get_dataset(tmp_path, tokenizer, 4)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "one"}\n{"body": "two"}\n')
-    with pytest.warns(
-        UserWarning, match="1 bad rows were left out. The first one: .*rows"
-    ) as found:
+    with pytest.warns(UserWarning, match="1 bad rows were left out. The first one: .*rows"):
         assert (
             get_dataset(
                 rows, tokenizer, 4, on_bad_rows="skip", validation_fraction=0.0

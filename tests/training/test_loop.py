@@ -27,7 +27,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Training:
     run.progress, run.total_steps, run.writes = Progress(step=5), 10, True
     run.path, run.base, run.state = Path("run"), {}, None
     run.inputs.files.load.return_value = {}
-    ticks = iter(range(1000))
+    ticks = iter(range(100, 200))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(ticks)))
     return run
 

@@ -166,7 +166,8 @@ def test_the_records_of_a_run_begin_at_its_step(
     beginning = Mock(rewind=Mock(return_value={"lost": 3}))
     beginning.open_callbacks.return_value = Mock(spec=Callbacks, run=Mock())
     monkeypatch.setattr(module, "beginning", beginning)
-    monkeypatch.setattr(module, "earlier_activities", lambda _: {"steps": 30.0, "other": 4.0})
+    earlier = {} if resumed is None else {"steps": 30.0, "other": 4.0}
+    monkeypatch.setattr(module, "earlier_activities", lambda _: earlier)
     monkeypatch.setattr(module, "read_metrics", lambda _: [])
     log, clock = parts["MetricsLog"].return_value, parts["ActivityClock"].return_value
     log.time_s, log.path = 50.0, Path("metrics.jsonl")
@@ -186,12 +187,13 @@ def test_the_records_of_a_run_begin_at_its_step(
     )
     beginning.rewind.assert_called_once_with(log, directory, -1 if resumed is None else 8, warn)
     beginning.forget_missing_best.assert_called_once_with(progress, directory.path)
-    clock.begin.assert_called_once_with({"steps": 30.0, "other": 4.0 + 50.0 - 34.0})
+    clock.begin.assert_called_once_with(earlier | {"other": 50.0 - earlier.get("steps", 0.0)})
     assert parts["Recorder"].call_args.kwargs["activities"] is clock
     view = parts["RunView"].call_args
     assert view.args == (directory.path, directory.record.run, flat(run), 10, resumed)
     assert view.kwargs["place"]() == (8, 64)
     assert view.kwargs["ask_to_stop"] is opened.coordinator.ask_to_end
+    stack.callback.assert_called_with(parts["LiveReport"].return_value.close)
     opened.watchdog.entered(SAVING)
     clock.enter.assert_called_once_with(SAVING)
     opened.console.enter.assert_called_once_with(SAVING, is_told=False)

@@ -622,7 +622,8 @@ def test_the_time_of_a_run_counts_from_the_start_of_its_command(tmp_path: Path) 
     before = time.perf_counter()
     assert before <= run.run_inputs().began <= time.perf_counter()
     run.began = 2.5
-    assert run.run_inputs().began == 2.5
+    inputs = run.run_inputs()
+    assert (inputs.began, inputs.is_trial, inputs.exports_model) == (2.5, False, True)
 
 
 @pytest.fixture
