@@ -59,6 +59,8 @@ def test_flags_that_data_does_not_use_are_refused(corpora: dict[str, str], tmp_p
     for flag, value in (("min_chars", 3), ("text_key", "body"), ("row_format", "text")):
         with pytest.raises(UserError, match=f"is tokenised already, so --{flag} has no effect"):
             check_data(options(data=[store], **{flag: value}))
+    with pytest.raises(UserError, match="--min_chars has no effect"):
+        check_data(options(data=[store], objective="dpo", checkpoint="there", min_chars=3))
     with pytest.raises(UserError, match="twice, but a mixture has one weight for each item"):
         check_data(options(data=[store, store], data_weights=[1, 2]))
     bad.write_bytes(b"a text\xff of one byte too many")
@@ -111,6 +113,8 @@ def test_no_validation_is_no_dataset(items: list[str], corpora: dict[str, str]) 
     assert made(corpora, items, validation_fraction=0, **weights)[1] is None
     training, validation = made(corpora, items, **weights)
     assert 0 < validation.num_tokens < training.num_tokens
+    parts = [getattr(split, "sources", {"": split}).values() for split in (training, validation)]
+    assert [{part.shuffle for part in split} for split in parts] == [{True}, {False}]
 
 
 def test_as_many_devices_share_a_batch_as_the_mesh_has() -> None:
