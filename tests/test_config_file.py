@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from consyn_jax import config_file
 from consyn_jax.config_file import describe, read_config_file
 from consyn_jax.errors import UserError
 from consyn_jax.resolve import resolve
@@ -31,6 +32,18 @@ def test_an_invalid_config_file_is_refused(content: str, words: str, tmp_path: P
         read_config_file(tmp_path / "gone.yaml")
     file.write_text("")
     assert read_config_file(file) == {}
+
+
+def test_a_file_may_be_as_long_as_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_file, "LARGEST", 5)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("lr: 1")
+    assert read_config_file(file) == {"lr": 1}
+    file.write_text("lr: 10")
+    with pytest.raises(UserError, match="has more than 5 characters"):
+        read_config_file(file)
 
 
 def test_a_long_list_stays_in_its_line_and_is_read_back(tmp_path: Path) -> None:

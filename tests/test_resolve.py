@@ -70,6 +70,10 @@ def test_heads_follow_the_dimensions_that_were_given() -> None:
     assert (config.model.num_kv_heads, origins["num_kv_heads"]) == (3, "num_heads")
     assert values({"model": "epic", "num_heads": 16})["num_kv_heads"] == 8
     assert values({"model": "haiku", "hidden_dim": 30, "head_dim": 16})["head_dim"] == 16
+    assert values({"model": "haiku", "num_heads": 1})["head_dim"] == 128
+    for name in ("num_heads", "hidden_dim"):
+        with pytest.raises(UserError, match=f"--{name} must be"):
+            resolve({"model": "haiku", name: 0})
 
 
 def test_sequences_are_not_longer_than_a_given_context() -> None:
@@ -130,6 +134,10 @@ def test_yaml_and_command_line_give_the_same_values() -> None:
         ({"lr": "1e400"}, "--lr must be below 1.8e308, and '1e400' is not."),
         ({"lr": "inf"}, "--lr must be a number, not 'inf'."),
         ({"quiet": "yes"}, "--quiet must be true or false, not 'yes'."),
+        ({"lr": True}, "--lr must be a number, not True."),
+        ({"output": {"a": 1}}, "--output must be text, not {'a': 1}."),
+        ({"output": None}, "--output must be text, not None."),
+        ({"seed": 2**63}, "--seed must be below 2**63, and 9223372036854775808 is not."),
         (
             {"hidden_dim": "100"},
             "--hidden_dim 100 is not a multiple of --num_heads 12. Use 96 or 108, or give "
@@ -142,10 +150,33 @@ def test_yaml_and_command_line_give_the_same_values() -> None:
         ),
     ],
 )
-def test_an_invalid_value_is_named_with_its_flag(given: dict[str, str], message: str) -> None:
+def test_an_invalid_value_is_named_with_its_flag(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         resolve(given)
     assert str(caught.value) == message
+
+
+def test_a_flag_that_may_be_bare_may_be_true_or_false() -> None:
+    """As trainers write it in which it is no more than a switch."""
+    for given, value in (("True", "full"), ("false", "none"), ("minimal", "minimal")):
+        assert values({"gradient_checkpointing": given})["gradient_checkpointing"] == value
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe"),
+    [
+        ({"lora_rank": 4}, (2e-4, 0.0, 0.999)),
+        ({"objective": "dpo"}, (1e-6, 0.0, 0.999)),
+        ({"objective": "dpo", "lora_rank": 4}, (1e-5, 0.0, 0.999)),
+        ({"checkpoint": None, "model": "/own/config.json"}, (3e-4, 0.1, 0.95)),
+    ],
+    ids=str,
+)
+def test_each_kind_of_training_has_its_recipe(
+    given: dict[str, Any], recipe: tuple[float, ...]
+) -> None:
+    options = resolve({"checkpoint": "there"} | given)[0].optimizer
+    assert (options.lr, options.weight_decay, options.beta2) == recipe
 
 
 def test_numbers_may_be_separated_by_commas() -> None:
@@ -197,6 +228,7 @@ def test_another_model_takes_the_place_of_the_files_with_its_recipe(optimizer: s
     whole = flat(resolve({"model": "haiku", **chosen})[0])
     expected, _ = resolve({"model": "stanza", **chosen})
     assert resolve({"model": "stanza"}, whole)[0] == expected
+    assert resolve({"--model": "stanza"}, whole)[0] == expected
     assert values({"model": "haiku"}, whole) == values({}, whole)
     narrow = flat(resolve({"model": "haiku", "mlp_dim": 256, "lr": 0.02, "optimizer": "adamw"})[0])
     other = resolve({"model": "stanza"}, narrow)[0]

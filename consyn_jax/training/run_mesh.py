@@ -73,7 +73,7 @@ def choose_run_mesh(
     if hardware.mesh != "auto":
         choice = MeshChoice(parse_mesh(hardware.mesh, devices), "as requested")
     else:
-        heads = math.gcd(model.num_heads, model.num_kv_heads, model.mlp_dim)
+        heads = math.gcd(model.num_kv_heads, model.mlp_dim)  # divides num_heads, too
         splits = {"context": length, "tensor": heads}
         choice = choose_mesh(machine, model.hidden_dim, needed_bytes, batch_size, splits)
     check_batch(choice.sizes, budget.batch_size, length // sequences, sequences)

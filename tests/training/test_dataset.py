@@ -1,3 +1,4 @@
+import inspect
 import json
 import subprocess
 import sys
@@ -40,8 +41,10 @@ def test_item_i_is_a_function_of_seed_and_i(tokenizer: BPETokenizer) -> None:
     assert any((other[i]["labels"] != dataset[i]["labels"]).any() for i in range(5))
     for i in range(5):
         np.testing.assert_array_equal(dataset.with_seed(8)[i]["labels"], other[i]["labels"])
-    with pytest.raises(IndexError):
-        dataset[len(dataset)]
+    np.testing.assert_array_equal(dataset[-len(dataset)]["labels"], dataset[0]["labels"])
+    for i in (len(dataset), -len(dataset) - 1):
+        with pytest.raises(IndexError):
+            dataset[i]
 
 
 def test_a_pass_over_the_items_has_every_token_once(tokenizer: BPETokenizer) -> None:
@@ -147,8 +150,8 @@ def test_what_long_rows_lose_is_said(tokenizer: BPETokenizer, tmp_path: Path) ->
     rows.write_text(json.dumps({"prompt": "p", "completion": "c"}) + f"\n{long}\n")
     with pytest.warns(UserWarning, match=r"^1 row longer than block_size=16 lost 46 tokens"):
         get_dataset(rows, tokenizer, 16, validation_fraction=0.0)
-    rows.write_text(f"{long}\n" * 2)
-    for on_long_rows in (None, "drop"):
+    for on_long_rows, number in ((None, 1), ("drop", 2)):
+        rows.write_text(f"{long}\n" * number)
         with pytest.raises(
             UserError, match=r"sequence of 16 tokens, so no target is left to learn"
         ):
@@ -240,6 +243,24 @@ def test_datasets_that_cannot_be_mixed(tokenizer: BPETokenizer, tmp_path: Path) 
 def test_mistakes(tokenizer: BPETokenizer, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         get_dataset("sample", tokenizer, **options)  # type: ignore[arg-type]
+
+
+def test_the_arguments_are_those_of_the_documentation(tokenizer: BPETokenizer) -> None:
+    """And the least that may be given is the least that is said to be."""
+    given = inspect.signature(get_dataset).parameters.values()
+    assert {p.name: p.default for p in given if p.kind is not p.VAR_KEYWORD} == {
+        "data_path": inspect.Parameter.empty,
+        "tokenizer": None,
+        "block_size": 1024,
+        "dataset_type": "auto",
+        "split": "train",
+        "seed": 42,
+        "packing": None,
+        "on_long_rows": None,
+        "test_fraction": 0.0,
+    }
+    least = get_dataset("sample", tokenizer, block_size=1, seed=0)
+    assert len(least) == least.num_tokens
 
 
 def test_jax_is_not_imported() -> None:

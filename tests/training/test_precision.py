@@ -347,6 +347,22 @@ def test_a_non_finite_gradient_changes_only_the_scale(bad: float) -> None:
     assert (float(was.scale), int(was.good_steps), int(was.skipped_steps)) == (2.0**16, 1, 0)
 
 
+def test_the_constants_are_torchs() -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    assert scaler.get_growth_interval() == precision.GROWTH_STEPS
+    state: Any = with_loss_scale(optax.sgd(1.0)).init({"w": jnp.zeros(1)})
+    assert float(state.scale) == scaler._init_scale
+
+
+def test_the_scale_has_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "GROWTH_STEPS", 1)
+    rule, params = with_loss_scale(optax.sgd(1.0)), {"w": jnp.zeros(1)}
+    state: Any = rule.init(params)._replace(scale=jnp.float32(2.0**63))  # type: ignore[attr-defined]
+    for _ in range(3):
+        _, state = rule.update({"w": jnp.ones(1)}, state, params)
+        assert (float(state.scale), int(state.good_steps)) == (2.0**64, 0)
+
+
 def test_the_scale_has_a_floor() -> None:
     rule = with_loss_scale(optax.sgd(1.0))
     state: Any = rule.init({"w": jnp.zeros(1)})

@@ -1,8 +1,10 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,18 @@ from safetensors.numpy import load_file
 from consyn_jax.config import RegularisationOptions
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.model.attention import choose_attention
 from consyn_jax.model.parameters import Params, initial_parameters, layout, map_axes
 from consyn_jax.model.pretrained.config_json import read_config
 from consyn_jax.model.pretrained.weights import load_parameters, save_parameters
 from consyn_jax.model.transformer import Compute
-from consyn_jax.model_config import ModelConfig
+from consyn_jax.model_config import NO_LORA, ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
+from consyn_jax.resolve import resolve
+from consyn_jax.training import program as module
+from consyn_jax.training.optim.groups import mup_rates
 from consyn_jax.training.optim.optimizers import build_optimizer
-from consyn_jax.training.program import TRAIN_AXES, Program
+from consyn_jax.training.program import TRAIN_AXES, Program, build_program
 from consyn_jax.training.step import make_train_step, with_dropout
 
 TINY = ModelConfig(
@@ -343,6 +349,39 @@ def test_recomputing_and_unrolling_change_nothing(packed: dict[str, np.ndarray])
         assert float(loss) == pytest.approx(float(again), rel=1e-6)
         for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(kept), strict=True):
             assert np.linalg.norm(ours - theirs) <= 1e-6 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [
+        ({}, 1),
+        ({"on_nonfinite": "skip"}, 10),
+        ({"on_nonfinite": "skip", "max_nonfinite_steps": 4}, 4),
+    ],
+)
+def test_the_flags_of_a_run_reach_its_program(
+    flags: dict[str, Any], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, built = Mock(wraps=choose_attention), Mock(wraps=build_optimizer)
+    monkeypatch.setattr(module, "choose_attention", chosen)
+    monkeypatch.setattr(module, "build_optimizer", built)
+    own = {"model": "haiku", "parametrization": "mup", "base_hidden_dim": 64, "dropout": 0.25}
+    own |= {"gradient_checkpointing": "full", "max_grad_norm": 0.3, "seed": 5}
+    run, _ = resolve(own | flags)
+    model, options = replace(TINY, head_dim=16), run.optimizer
+    program = build_program(
+        *(model, run.budget, run.hardware, options, run.regularisation),
+        length=64,
+        schedule=optax.constant_schedule(1.0),
+        devices=jax.devices(),
+    ).program
+    chosen.assert_called_once_with("cpu", jnp.float32, 16, "", 0.25)
+    given, _, axes, rates = built.call_args.args
+    assert (given, axes) == (options, layout(model).logical_axes)
+    assert rates == mup_rates(model, options, axes) is not None
+    assert (program.max_nonfinite_steps, program.seed, program.max_grad_norm) == (limit, 5, 0.3)
+    assert (program.compute.remat, program.host_moments, program.lora) == ("full", False, NO_LORA)
+    assert program.regularisation is run.regularisation
 
 
 def test_the_learning_rate_of_a_logged_step_is_computed_on_the_host() -> None:

@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock, Mock, call
 
 import jax
 import jax.monitoring
@@ -25,20 +26,25 @@ from consyn_jax.distributed import hardware
 from consyn_jax.errors import Diverged, Interrupted, UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.arithmetic import train_flops_per_token
+from consyn_jax.model.attention import AttentionChoice
 from consyn_jax.model.parameters import layout
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
-from consyn_jax.resolve import preset_architecture
+from consyn_jax.resolve import preset_architecture, resolve
 from consyn_jax.tokenization import BPETokenizer
-from consyn_jax.training import ConsynTrainer
+from consyn_jax.training import ConsynTrainer, header
+from consyn_jax.training import trainer as trainer_module
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.run_state import Progress
 from consyn_jax.training.dataset import get_dataset
+from consyn_jax.training.diagnostics.lr_find import Suggestion, rising_rates
 from consyn_jax.training.inputs.initial_model import DeferredModel, checked
 from consyn_jax.training.logging.metrics import MetricsLog, read_metrics
 from consyn_jax.training.optim.schedules import build_schedule
+from consyn_jax.training.program import Built
 from consyn_jax.training.run import beginning
 from consyn_jax.training.run.keywords import resolve_keywords
+from consyn_jax.training.run.recording import Lengths
 from consyn_jax.training.runtime import signals
 from consyn_jax.training.step import TrainState
 
@@ -593,6 +599,127 @@ def test_a_decay_only_reads_the_run_that_it_comes_from(
 
 
 # ----------------------------------------------------------------------------------- before it runs
+
+
+def test_a_run_is_what_its_data_and_tokenizer_are(tmp_path: Path) -> None:
+    """config.yaml has these values, and a resumed run must have the same."""
+    run = trainer(tmp_path / "run")
+    derived = run.derived()
+    assert run.eval_source is not None
+    assert derived["data"] == run.train_source.fingerprint != run.eval_source.fingerprint
+    assert derived["validation"] == run.eval_source.fingerprint
+    assert derived["tokenizer"] == TOKENIZER.sha256
+    assert (derived["sequences_per_step"], derived["total_steps"]) == (8, STEPS)
+    assert derived["weights"] == run._weights is not None
+    alone = trainer(tmp_path / "run", eval_dataloader=None, tokenizer=None).derived()
+    assert (alone["validation"], alone["tokenizer"]) == (None, None)
+    decay = trainer(tmp_path / "run", scheduler="wsd", decay_from=3)
+    assert "weights" not in decay.derived(), "it begins with those of a checkpoint"
+
+
+def test_the_time_of_a_run_counts_from_the_start_of_its_command(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "run")
+    before = time.perf_counter()
+    assert before <= run.run_inputs().began <= time.perf_counter()
+    run.began = 2.5
+    inputs = run.run_inputs()
+    assert (inputs.began, inputs.is_trial, inputs.exports_model) == (2.5, False, True)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What a trainer calls to look ahead, none of which does anything."""
+    parts = Mock()
+    for name in ("Console", "show_rates", "check_output", "make_ready", "measure_curve"):
+        monkeypatch.setattr(trainer_module, name, getattr(parts, name))
+    parts.console = MagicMock()
+    parts.Console.return_value.__enter__ = lambda _: parts.console
+    parts.Console.return_value.__exit__ = Mock(return_value=None)
+    for name in ("build", "_header", "run_inputs", "_base", "parameters"):
+        monkeypatch.setattr(ConsynTrainer, name, getattr(parts, name))
+    return parts
+
+
+def test_a_look_ahead_shows_warnings_and_compares_the_run_with_the_directory(
+    parts: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "warnings", lambda *about: [str(about[2].total_steps)])
+    run = trainer(tmp_path / "run")
+    run.describe()
+    parts.Console.assert_called_once_with(quiet=False)
+    parts.check_output.assert_called_once_with(run.run, run.derived())
+    parts.console.header.assert_called_once_with(parts._header.return_value)
+    parts.console.warn.assert_called_once_with(str(STEPS))
+    ((schedule, *about),) = [call.args for call in parts.show_rates.call_args_list]
+    assert about == [STEPS, tmp_path / "run"]
+    assert float(schedule(2)) == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize(
+    ("quiet", "writes", "is_quiet"),
+    [(False, True, False), (True, True, True), (False, False, True)],
+)
+def test_a_range_test_is_told_the_settings_of_the_run(
+    quiet: bool,
+    writes: bool,
+    is_quiet: bool,
+    parts: Mock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of pairs, it reads those for training only."""
+    written = Mock()
+    for name in ("write_results", "draw_curve", "show"):
+        monkeypatch.setattr(trainer_module, name, getattr(written, name))
+    suggestion, parts._base.return_value = Mock(spec=Suggestion), {}
+    monkeypatch.setattr(trainer_module, "suggest", lambda curve: suggestion)
+    monkeypatch.setattr(trainer_module.jax, "process_index", lambda: 0 if writes else 1)
+    run = trainer(tmp_path / "run", quiet=quiet, logging_steps=7, gradient_accumulation_steps=2)
+    compiled, fitted = Mock(), replace(run.run, budget=replace(run.run.budget, batch_size=4))
+    monkeypatch.setattr(trainer_module, "compile_to_fit", lambda *_: (fitted, compiled))
+    assert run.find_rate() is suggestion
+    parts.Console.assert_called_once_with(quiet=is_quiet, logging_steps=7)
+    program = parts.build.return_value.program
+    state, base = program.initial_state.return_value, parts._base.return_value
+    told = parts.run_inputs.return_value, fitted, tmp_path / "run", state.params, base
+    parts.make_ready.assert_called_once_with(*told, splits=["train"])
+    step, *about = parts.measure_curve.call_args.args
+    rates = rising_rates("adamw")
+    about[4] = list(about[4])
+    parts.console.start.assert_called_once_with(len(rates))
+    shape = 2, 4, 32
+    assert about == [state, run.train_source, shape, program.mesh, list(rates), parts.console.step]
+    curve = parts.measure_curve.return_value
+    expected = [call.write_results(tmp_path / "run", curve, suggestion)]
+    expected += [call.draw_curve(curve, suggestion)]
+    assert written.mock_calls[:2] == (expected if writes else [])
+    parts._base.return_value |= {"base": 1}
+    step("state", {"labels": 2})
+    compiled.assert_called_once_with("state", {"labels": 2, "base": 1})
+
+
+@pytest.mark.parametrize(
+    ("flags", "epoch", "warns"),
+    [
+        ({"lr": 1e-4}, None, False),
+        ({"lr": 1.1e-4}, None, True),
+        ({"lr": 1e-3, "lora_rank": 1}, None, False),
+        ({"lr": 1.1e-3, "lora_rank": 1}, None, True),
+        ({"batch_size": 8}, 8, False),
+        ({"batch_size": 9}, 8, True),
+        ({"batch_size": 9}, None, False),
+        ({"batch_size": 9, "total_tokens": 100}, 8, False),
+    ],
+    ids=str,
+)
+def test_settings_that_are_rarely_intended_are_warned_of(
+    flags: dict[str, Any], epoch: int | None, warns: bool
+) -> None:
+    """The rates of an adapter may be ten times as high."""
+    run, _ = resolve({"checkpoint": "there", "lr": 2e-5} | flags)
+    program = Mock(config=CONFIG)
+    built = Built(program, AttentionChoice("splash", ""), Mock(), Mock())
+    assert bool(list(header.warnings(run, built, Lengths(10, 1, 8, epoch, None)))) == warns
 
 
 def test_the_guides_call(tmp_path: Path) -> None:

@@ -262,12 +262,12 @@ class Plateau:
         cooling: Number of evaluations that are left in the cool-down.
     """
 
-    factor: float = 0.5
-    patience: int = 2
-    cooldown: int = 0
-    threshold: float = 1e-4
-    min_scale: float = 0.0
-    greater_is_better: bool = False
+    factor: float
+    patience: int
+    cooldown: int
+    threshold: float
+    min_scale: float
+    greater_is_better: bool
     scale: float = 1.0
     best: float | None = None
     num_bad: int = 0
@@ -300,7 +300,7 @@ class Plateau:
         )
 
 
-def build_plateau(options: OptimizerOptions, greater_is_better: bool = False) -> Plateau | None:
+def build_plateau(options: OptimizerOptions, greater_is_better: bool) -> Plateau | None:
     """Build the plateau rule in its initial state; None for other schedulers.
 
     The lowest scale is `--min_lr_ratio`.

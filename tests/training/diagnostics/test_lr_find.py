@@ -55,6 +55,7 @@ def with_losses(losses: Any) -> Curve:
 def test_rates_rise_by_a_constant_factor_over_seven_decades(optimizer: str) -> None:
     rates = rising_rates(optimizer)
     assert len(rates) == NUM_STEPS
+    assert rates[0] == pytest.approx({"lion": 1e-8, "sgd": 1e-5}.get(optimizer, 1e-7))
     assert rates[-1] / rates[0] == pytest.approx(1e7)
     np.testing.assert_allclose(rates[1:] / rates[:-1], 1e7 ** (1 / (NUM_STEPS - 1)))
 

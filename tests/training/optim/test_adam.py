@@ -36,3 +36,23 @@ def test_bfloat16_second_moments_follow_small_changes() -> None:
         state = step(state, size)
         nu = 0.999 * nu + 0.001 * size**2
     assert float(jnp.mean(state[0].nu["x"].astype(jnp.float32))) == pytest.approx(nu, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["adamw", "cautious_adamw"])
+def test_each_step_and_each_layer_draws_its_own_numbers_to_round_its_moments(name: str) -> None:
+    chosen = OptimizerOptions(
+        optimizer=name, beta2=0.999, weight_decay=0.0, moment_dtype="bfloat16"
+    )
+    rule = build_optimizer(chosen, 1e-3, {"x": ("embed", "mlp")})
+    params, gradients = {"x": jnp.zeros((64, 64))}, {"x": jnp.full((64, 64), 0.3)}
+    adam, *others = rule.init(params)
+
+    @jax.jit
+    def moments(step: int, **place: int) -> jax.Array:
+        state = (adam._replace(count=jnp.int32(step)), *others)
+        return rule.update(gradients, state, params, **place)[1][0].nu["x"].astype(jnp.float32)
+
+    places = [(0, {}), (0, {"layer": 0}), (0, {"layer": 1}), (1, {"layer": 1})]
+    rounded = [tuple(np.ravel(moments(step, **place)).tolist()) for step, place in places]
+    assert len(set(rounded)) == len(places)
+    assert rounded[-1] == tuple(np.ravel(moments(1, layer=1)).tolist())

@@ -1,5 +1,7 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from consyn_jax.model.transformer import Compute
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.optimizer_config import OPTIMIZERS, OptimizerOptions
 from consyn_jax.resolve import resolve
+from consyn_jax.training import program as program_module
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.optim.offload import layerwise_update
 from consyn_jax.training.optim.optimizers import build_optimizer
@@ -81,6 +84,45 @@ def updated(rule: optax.GradientTransformation) -> Any:
         )
 
     return update
+
+
+def test_a_layer_is_updated_with_its_own_number_and_the_scaled_gradients() -> None:
+    """The rule adds the number of the layer to the gradient; it keeps nothing in between."""
+
+    def change(updates: Any, state: Any, _: Any = None, *, layer: Any) -> tuple[Any, Any]:
+        number = 50.0 if layer is None else layer
+        return jax.tree.map(lambda u: u + number, updates), state
+
+    rule = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), change)
+    axes = {"layers": {"w": ("layers", "embed")}, "norm": ("embed",)}
+    like = {
+        "layers": {"w": jax.ShapeDtypeStruct((3, 2), jnp.float32)},
+        "norm": jax.ShapeDtypeStruct((4,), jnp.float32),
+    }
+    own = LAYOUT._replace(shapes=like, logical_axes=axes)
+    params, gradients = (
+        jax.tree.map(
+            lambda leaf, seed=seed: jax.random.normal(jax.random.key(seed), leaf.shape), like
+        )
+        for seed in (0, 1)
+    )
+    state = TrainState(jnp.int32(0), params, rule.init(params), jnp.int32(0))
+    finite = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}
+    found, _ = jax.jit(layerwise_update(rule, own))(gradients, jnp.float32(0.25), state, finite)
+    number = {"layers": {"w": jnp.arange(3.0)[:, None]}, "norm": 50.0}
+    jax.tree.map(
+        lambda ours, p, g, n: np.testing.assert_allclose(ours, p + 0.25 * g + n, rtol=1e-6),
+        *(found, params, gradients, number),
+    )
+
+
+def test_the_step_has_the_limits_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, skipping = Mock(), Mock()
+    monkeypatch.setattr(program_module, "make_step", made)
+    monkeypatch.setattr(program_module, "skip_nonfinite", skipping)
+    replace(on_host(adam()), max_grad_norm=0.7, max_nonfinite_steps=4).train_step()
+    assert made.call_args.args[2] == 0.7
+    skipping.assert_called_once_with(made.return_value, 4, keeps_state=True)
 
 
 @pytest.mark.slow
@@ -175,7 +217,8 @@ def test_a_run_with_moments_on_the_host_is_saved_and_continues(tmp_path: Path) -
     [
         (
             {"optimizer": "adafactor"},
-            "--optimizer_memory host is for adamw, lion, .*, not for adafactor",
+            "--optimizer_memory host is for adamw, lion, muon, sgd, cautious_adamw, not for "
+            "adafactor",
         ),
         ({"optimizer": "schedule_free_adamw"}, "not for schedule_free_adamw"),
         ({"mixed_precision": "fp16"}, "does not work with float16"),

@@ -224,6 +224,23 @@ def test_adafactor_is_torchs(stories: tuple[Params, list[Params], Any]) -> None:
     assert_same_way(found, expected, stories[0])
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_factored"),
+    [((2, 32, 33), True), ((2, 31, 40), False), ((33, 33, 64), False), ((33, 34, 64), True)],
+)
+def test_adafactor_factors_matrices_but_no_layers(
+    shape: tuple[int, ...], is_factored: bool
+) -> None:
+    """Of the two largest dimensions, none may be that of the layers."""
+    chosen = OptimizerOptions(optimizer="adafactor", weight_decay=0.0)
+    rule = build_optimizer(chosen, 1.0, {"x": ("layers", "embed", "mlp")})
+    state = jax.eval_shape(rule.init, {"x": jax.ShapeDtypeStruct(shape, jnp.float32)})
+    sizes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    layers, *sides = shape
+    assert (shape not in sizes) == is_factored
+    assert {(layers, side) for side in sides} <= sizes or not is_factored
+
+
 def test_adafactor_averages_its_directions_with_momentum() -> None:
     params, axes = {"x": jnp.ones((4, 8))}, {"x": ("embed", "mlp")}
     rng = np.random.default_rng(0)
@@ -352,6 +369,10 @@ def test_both_tables_have_the_same_optimizers() -> None:
         (3e-5, "lion", False, None),
         (3e-4, "lion", True, "high"),
         (1e-6, "sgd", False, None),
+        (4e-5, "schedule_free_adamw", False, "low"),
+        (6e-5, "schedule_free_adamw", False, None),
+        (9e-4, "schedule_free_adamw", True, None),
+        (2e-3, "schedule_free_adamw", True, "high"),
     ],
 )
 def test_rates_usual_for_the_other_kind_of_training_are_pointed_out(
@@ -360,6 +381,13 @@ def test_rates_usual_for_the_other_kind_of_training_are_pointed_out(
     warning = lr_warning(lr, optimizer, from_weights)
     assert (warning is None) == (word is None)
     assert warning is None or f" is {word} for " in warning
+
+
+def test_the_usual_rates_of_an_adapter_are_higher() -> None:
+    """Ten times those of a full fine-tune."""
+    for lr, factor, is_high in ((2e-4, 1.0, True), (9e-4, 10.0, False), (2e-3, 10.0, True)):
+        assert (lr_warning(lr, "adamw", True, factor) is not None) == is_high
+    assert lr_warning(4e-4, "adamw", False, 10.0) is not None
 
 
 def test_recipes_are_adapted_to_the_optimizer() -> None:
@@ -378,7 +406,10 @@ def test_recipes_are_adapted_to_the_optimizer() -> None:
             {"optimizer": "adam"},
             r"--optimizer 'adam' is not known; did you mean adamw\? Known: adamw, adafactor, ",
         ),
-        ({"optimizer": "sgd"}, "--optimizer sgd needs a much higher learning rate"),
+        (
+            {"optimizer": "sgd"},
+            "--optimizer sgd needs a much higher learning rate .* Give --lr: start from 0.1, and",
+        ),
         ({"lr": -1}, "--lr must be greater than 0"),
         ({"eps": 0}, "--eps must be greater than 0"),
         (

@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
+from consyn_jax.config import BudgetOptions
 from consyn_jax.errors import UserError
 from consyn_jax.optimizer_config import DECAY_SHAPES, SCHEDULERS, OptimizerOptions
 from consyn_jax.resolve import resolve
@@ -27,7 +28,9 @@ from consyn_jax.training.optim.schedules import (
     RatesAhead,
     build_plateau,
     build_schedule,
+    count_steps,
     countable,
+    decay_end,
     draw_schedule,
     warmup_length,
     write_schedule_plot,
@@ -215,6 +218,16 @@ def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
     assert warmup_length(1000, 7, 0.02) == 7
 
 
+def test_a_run_and_its_decay_have_at_least_one_step() -> None:
+    """A decay of one step lowers no step's rate; the rate after the run is the lowest."""
+    last = rates("wsd", 1.0, 200, 0, 0.2, decay_ratio=1e-3)
+    np.testing.assert_allclose(last, [1.0] * 200 + [0.2], rtol=1e-6)
+    assert [decay_end(step, 0.2) for step in (1, 2, 8)] == [2, 3, 10]
+    short = [BudgetOptions(epochs=epochs) for epochs in (1e-3, 1.0, 1.01)]
+    steps = [count_steps(budget, OptimizerOptions(), 32, 800) for budget in short]
+    assert steps == [1, 100, 101]
+
+
 def test_warm_up_longer_than_the_run_is_refused() -> None:
     with pytest.raises(UserError, match=r"Warm-up of 11 steps is longer than the run of 10 steps"):
         scheduled("linear", 1.0, 10, 11, 0.0)
@@ -222,6 +235,7 @@ def test_warm_up_longer_than_the_run_is_refused() -> None:
 
 def test_a_run_of_more_steps_than_can_be_counted_is_refused() -> None:
     scheduled("linear", 1.0, MOST_STEPS, 11, 0.0)
+    assert np.iinfo(np.int32).max == MOST_STEPS
     assert countable(MOST_STEPS) == MOST_STEPS
     for steps in (MOST_STEPS + 1, 10**5000):
         with pytest.raises(
@@ -323,7 +337,7 @@ def test_plateau_is_torchs(
     greater: bool,
 ) -> None:
     assume(not (greater and math.inf in metrics))  # theirs takes it for the best of all
-    ours = Plateau(factor, patience, cooldown, threshold, least, greater_is_better=greater)
+    ours = Plateau(factor, patience, cooldown, threshold, least, greater)
     mode = "max" if greater else "min"
     theirs = torch_plateau(
         metrics,
@@ -338,7 +352,7 @@ def test_plateau_is_torchs(
 
 
 def test_plateau_waits_lowers_cools_and_stops_at_the_floor() -> None:
-    plateau = Plateau(factor=0.5, patience=1, cooldown=2, min_scale=0.3)
+    plateau = Plateau(0.5, 1, 2, 1e-4, 0.3, False)
     values = [3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     assert [plateau.update(value) for value in values] == [
         1,
@@ -358,7 +372,7 @@ def test_plateau_waits_lowers_cools_and_stops_at_the_floor() -> None:
 
 @given(st.lists(st.floats(0.1, 3), min_size=1, max_size=30), st.integers(0, 29))
 def test_plateau_continues_from_json(metrics: list[float], cut: int) -> None:
-    whole, first = Plateau(patience=1, cooldown=1), Plateau(patience=1, cooldown=1)
+    whole, first = (Plateau(0.5, 1, 1, 1e-4, 0.0, False) for _ in range(2))
     expected = [whole.update(metric) for metric in metrics]
     found = [first.update(metric) for metric in metrics[:cut]]
     second = Plateau(**json.loads(json.dumps(asdict(first), allow_nan=False)))
@@ -367,7 +381,7 @@ def test_plateau_continues_from_json(metrics: list[float], cut: int) -> None:
 
 
 def test_only_the_plateau_scheduler_has_a_plateau_rule() -> None:
-    assert build_plateau(options()) is None
+    assert build_plateau(options(), greater_is_better=False) is None
     chosen = options(
         scheduler="plateau",
         plateau_factor=0.3,
@@ -423,3 +437,9 @@ def test_rates_ahead_are_those_of_each_update(scheduler: str) -> None:
     for updates in (0, 1, 6, 7, 255, 256, 599, 600, 300):
         assert rates(updates) == pytest.approx(float(schedule(updates)), rel=1e-6, abs=1e-12)
     assert RatesAhead(lambda step: 0.5)(1000) == 0.5
+
+
+@pytest.mark.parametrize("updates", [0, 256, 300, 512])
+def test_rates_ahead_may_begin_anywhere(updates: int) -> None:
+    """As in a run that resumes; each block of rates may be the first."""
+    assert RatesAhead(lambda step: 2.0 * step)(updates) == 2.0 * updates
