@@ -1,8 +1,8 @@
-"""Names of settings in other trainers, and what to write here instead.
+"""Names of settings in other trainers, and what consyn_jax calls them.
 
 The names are flags, config keys and keywords of transformers (`TrainingArguments`, `run_clm.py`,
 config.json), TRL, accelerate and torchrun, nanoGPT, LitGPT, torchtitan and Megatron-LM. Only names
-that differ from ours are listed. Only the standard library is imported here.
+that differ from ours are listed. This module imports only the standard library.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ class LoraOptions:
     )
     lora_alpha: float | None = flag(
         None,
-        "the adapter's output is multiplied by this number / lora_rank (2 x lora_rank)",
+        "the adapter's output is multiplied by this number divided by lora_rank (2 x lora_rank)",
         math=True,
     )
     lora_targets: tuple[str, ...] = flag(

@@ -318,8 +318,8 @@ def check_processes(hardware: HardwareOptions) -> None:
         raise UserError(f"{flag} needs --distributed. Add --distributed, or leave {flag} out.")
     if missing:
         raise UserError(
-            f"--distributed lacks {' and '.join(missing)}. Give all three flags, or none if Slurm, "
-            "Open MPI or Kubernetes starts the processes."
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Give all of "
+            f"{', '.join(given)}, or none if Slurm, Open MPI or Kubernetes starts the processes."
         )
     address, total, number = given.values()
     host, _, port = address.rpartition(":")

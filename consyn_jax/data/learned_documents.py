@@ -63,8 +63,8 @@ def located(
     """Find the dataset, and the sequence in it, at each position of a data order.
 
     Returns:
-        The datasets by name ("" for a single dataset). For each position, the number of its
-        dataset. For each position, the index of its sequence in the dataset.
+        The datasets by name ("" for a single dataset). For each position, the index of its
+        dataset among these, and the index of its sequence in the dataset.
 
     Raises:
         UserError: the order is not known in advance, as with streamed data.

@@ -162,12 +162,12 @@ class WholeDocuments(PackedSequences):
     Each group of `GROUP_DOCUMENTS` consecutive documents is packed by best-fit-decreasing (Ding et
     al. 2024, "Fewer Truncations Improve Language Modeling"). Free positions are padded. A document
     longer than `block_size` is cut into full sequences and a remainder. The remainder is packed
-    like a document, as a segment of its own. The first input of the remainder is the last token of
-    the last full sequence.
+    like a document, as a segment of its own. It begins with the last token of the last full
+    sequence, because that token's target is the next one.
 
     The packing depends only on the lengths of the documents. The constructor computes it without
     reading tokens, except for raw token files: they have no index, so they are searched for
-    document starts. The packing takes 13 bytes per document or piece, and 8 bytes per sequence.
+    document starts. The packing takes 13 bytes per document or remainder, and 8 bytes per sequence.
     """
 
     def __init__(

@@ -306,7 +306,7 @@ def _adapter_memory(
 
     Args:
         tokens: Tokens per micro-batch on one device.
-        at_head: Bytes of the loss.
+        at_head: Temporary bytes of the loss, mostly its logits.
     """
     tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["tensor"]
     own, matrices = num_adapter_parameters(c, lora) / shards, c.num_layers * num_block_parameters(c)

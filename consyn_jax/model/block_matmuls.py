@@ -33,7 +33,7 @@ class Matmuls(Protocol):
         """The function that norms and rotates queries or keys, from `Norms`."""
 
     def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
-        """Return the product of attention's output with the matrix `o`."""
+        """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
 
     def normed_qkv(
         self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
@@ -66,7 +66,7 @@ class PlainMatmuls:
         return self.norms.rotate
 
     def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
-        """Return the product of attention's output with the matrix `o`."""
+        """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
         return self.product(x_BTD, w)
 
     def normed_qkv(
@@ -118,7 +118,7 @@ class EightBitMatmuls:
         return How(self.recast, eps, REFERENCE if self.scales is None else self.writers)
 
     def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
-        """Return the product of attention's output with the matrix `o`."""
+        """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
         return fp8_linear(x_BTD, w, self.scales, how=self._how())
 
     def normed_qkv(

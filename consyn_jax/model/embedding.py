@@ -73,9 +73,9 @@ def scatter_rows(
 def sum_rows_in_order(
     x_nD: Float[Array, "n D"], at_n: Int[Array, " n"], rows: int
 ) -> Float[Array, "rows D"]:
-    """Sum the rows of `x` into a float32 table of zeros, each at its row index in `at`.
+    """Add each row of `x` to the row of a float32 table of zeros that `at` gives.
 
-    Unlike `scatter_rows`, this adds in a fixed order, so results on a GPU are bit-identical.
+    Unlike `scatter_rows`, this adds in a fixed order, so a GPU gives the same bits each time.
     """
     order_n = jnp.argsort(at_n, stable=True)
     table_VD = jnp.zeros((rows, x_nD.shape[1]))

@@ -242,7 +242,7 @@ def _moments(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def fit(plan: Plan, topology: str, *, compile: bool) -> Alternative:
-    """Find the cheapest alternative that fits.
+    """Find the cheapest change of options with which the run fits into memory.
 
     Args:
         topology: the plan's topology as text.

@@ -242,10 +242,9 @@ def _elementwise_bytes(work: Workload) -> Number:
 def _quantising_bytes(work: Workload) -> Number:
     """Bytes that fp8's quantisation reads and writes, for a block's forward and backward pass.
 
-    The kernels of norm and SwiGLU write 8-bit values in two layouts. These take as many bytes as
-    the bfloat16 array that they replace, so they are not counted. The other arrays are read once
-    and written in both layouts: the input of o, and the gradients of q, k, v, o and down. Weights
-    are read twice, the first time for their maximum.
+    The kernels of norm and SwiGLU write two 8-bit arrays instead of a bfloat16 one, which takes as
+    many bytes, so it is not counted. The input of o and the gradients of q, k, v, o and down are
+    read once and written twice. Weights are read twice, the first time for their maximum.
     """
     if not work.fp8:
         return 0

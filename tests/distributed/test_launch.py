@@ -145,7 +145,7 @@ def test_no_cluster_is_one_sentence(no_scheduler: pytest.MonkeyPatch) -> None:
         ({"process_id": 1}, r"--process_id needs --distributed\. Add --distributed"),
         (
             {"distributed": True, "num_processes": 2},
-            r"--distributed lacks --coordinator_address and --process_id\. Give all",
+            r"^--coordinator_address and --process_id are missing\. Give all of --coordinator_address, ",
         ),
         (process("node1", 2, 0), r"must be HOST:PORT, as in node1:1234, not 'node1'"),
         (process("node1:0", 2, 0), r"must be HOST:PORT"),

@@ -43,7 +43,7 @@ class Document:
 
     Attributes:
         number: number of the document or line in its source.
-        segments: the document's text in segments; a conversation has one, its rendered text.
+        segments: the document's text in segments. A conversation is one segment of rendered text.
         split: the document's split; None if the hash of its text decides.
         chat: the ids and targets of a conversation; None for other documents.
         format: the row's format, a value of `--row_format`; empty if the document is not a row.

@@ -58,7 +58,7 @@ class JsonReader(Reader):
         return [kind, is_array(Path(name)), hashes]
 
     def blocks(self, name: str, start: Position, reading: Reading) -> Iterator[Block]:
-        """Yield the rows in blocks of JSON Lines."""
+        """Yield the rows of the file, as JSON Lines or as an array, in blocks."""
         with ByteStream(Path(name)) as stream:
             read = _array if is_array(Path(name)) else _lines
             yield from read(name, stream, start)

@@ -49,7 +49,7 @@ def write_hf(
 
 
 def read_hf(directory: Path) -> tuple[ModelConfig, Params]:
-    """Read a directory that `write_hf` wrote, in the same way as `from_pretrained`.
+    """Read the output of `write_hf` in the same way as `from_pretrained`.
 
     Raises:
         UserError: The directory is incomplete.

@@ -15,7 +15,7 @@ class GenerateModelOptions:
     model: str | None = flag(
         None,
         "a model directory, a run (final/ if it exists, otherwise best/, otherwise the newest "
-        "checkpoint), RUN/checkpoints/STEP, or a hub id; the name of this flag may be left out",
+        "checkpoint), RUN/checkpoints/STEP, or a hub id; --model itself may be left out",
     )
     step: int | None = flag(None, "use the checkpoint of this step of the run")
     dtype: str = flag(

@@ -68,7 +68,7 @@ def splash_attention(
         last_BS: the last position of each key's document, which serves as its segment id.
         window: length of the sliding window in tokens; None for no window.
         has_window: whether this layer has the window; None if all layers have it.
-        part: which of the S / T equal sections of the sequence has these queries.
+        part: index of the section of T tokens that has these queries, if the keys have more tokens.
     """
     _, T, N, H = q_BTNH.shape
     S = k_BSKH.shape[1]

@@ -53,7 +53,7 @@ def checked(model: Any, tokenizer: Any) -> ConsynLMHeadModel | DeferredModel:
         )
     if not isinstance(model, ConsynLMHeadModel | DeferredModel):
         is_theirs = hasattr(model, "save_pretrained") and not isinstance(model, type)
-        saved = "Save it with save_pretrained(DIR), and pass" if is_theirs else "Pass"
+        saved = "Save it with save_pretrained(DIR), then pass" if is_theirs else "Pass"
         raise UserError(
             f"model is a {type(model).__name__}, not a ConsynLMHeadModel. {saved} "
             "ConsynLMHeadModel.from_pretrained(DIR), or use from_config for new weights."

@@ -199,7 +199,7 @@ def _check_checkpoint(
 def _check_tokenizer(place: Path, expected: dict[str, str], found: Findings) -> None:
     stray = dict(all_irregular(place))
     stray |= {f: "a large sparse file" for f in place.rglob("*") if f not in stray and is_hollow(f)}
-    found.differs += [f"tokenizer: {path} is {stray[path]}, and is not read" for path in stray]
+    found.differs += [f"tokenizer: {path} is {stray[path]}, so it is not read" for path in stray]
     now = digests_of(place, leave_out=stray) if place.exists() else {}
     faults = [
         f"{place / name} {_how(name in expected, name in now)}"

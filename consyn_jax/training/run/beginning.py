@@ -30,10 +30,10 @@ from consyn_jax.training.step import TrainState
 
 
 def resume_step(resume: str, directory: RunDirectory, checkpoints: Checkpoints) -> int | None:
-    """The step of the checkpoint to resume from; None for a new run.
+    """The step of the checkpoint to resume from; None if there is none, so the run is new.
 
     Args:
-        resume: Value of `--resume`: a step; any other value selects the newest intact checkpoint.
+        resume: Value of `--resume`: a step, or any other text for the newest intact checkpoint.
     """
     step = natural(resume)
     if step is not None:

@@ -97,8 +97,8 @@ def scaled(options: ModelOptions, parameters: float) -> Shape:
 def _candidates(options: ModelOptions, base: Shape, parameters: float) -> Iterator[Shape]:
     """Yield candidate shapes for a model with about this many parameters.
 
-    The first is the base. The others have widths from half to twice the ideal width, which keeps
-    the base's proportions, and depths that give nearly the wanted number of parameters.
+    The first is the base. The others have depths that give nearly the wanted number of parameters,
+    and widths from half to twice the width at which the base's proportions are kept.
     """
     yield base
     group = base.num_heads // base.num_kv_heads

@@ -48,14 +48,14 @@ class _Closed(BaseException):
 
 
 class Lane:
-    """A thread that works on trials, and runs only while `go_on` waits for it.
+    """A thread that works on trials. It runs only during calls of `go_on`.
 
     Args:
         signals: record of the signals that the process received, which the trials read.
 
     Attributes:
-        program: the shared program that the lane has called and waits for; None if the lane has
-            ended.
+        program: the shared program that the lane has called, until it gets the result; None if the
+            lane has ended.
         arguments: arguments of the call of `program`.
         error: the error that has ended the lane; None if there is none.
     """

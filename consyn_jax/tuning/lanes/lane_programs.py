@@ -55,7 +55,9 @@ _REMEDIES = {
 
 @dataclass
 class LanesStep:
-    """The train step of all lanes, called with a state (which is donated) and a batch per lane.
+    """The train step of all lanes. A call takes the state and the batch of each lane.
+
+    The states are donated.
 
     Attributes:
         spare: placeholder states for lanes that have ended, because the program needs a state for

@@ -1,4 +1,4 @@
-"""Start the engine that runs the tasks of many writers, and hash the sources with it."""
+"""The engine that runs the tasks of many writers: its start, and the hashes of the sources."""
 
 from __future__ import annotations
 

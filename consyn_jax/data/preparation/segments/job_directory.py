@@ -154,7 +154,7 @@ def check_directory(root: Path) -> None:
         found = found or irregular(path, inside=False)
     if found:
         raise _Unusable(
-            f"{found[0]} is {found[1]}, where consyn-prepare needs files of its own",
+            f"{found[0]} is {found[1]}, but consyn-prepare needs files of its own there",
             "Remove it, or give another --shared_directory.",
         )
     if _owner(root) != os.geteuid() and _owner(root) != _owner_of_new(root):

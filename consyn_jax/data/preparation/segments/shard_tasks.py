@@ -33,7 +33,7 @@ def plan_shards(job: Job, tokens: Sequence[Sequence[int]]) -> list[Shard]:
     """Find the start and the end of each shard of all splits.
 
     Args:
-        tokens: number of kept tokens of each segment in each split.
+        tokens: number of kept tokens, for each split and each segment.
     """
     return [
         (split, number, *ends)

@@ -45,7 +45,7 @@ def foreign(tmp_path: Path) -> Path:
 def test_a_link_is_not_followed(tmp_path: Path, foreign: Path) -> None:
     before, root = files(foreign), tmp_path / "root"
     root.symlink_to(foreign)
-    with pytest.raises(UserError, match=r"root is a link, where consyn-prepare needs files of its"):
+    with pytest.raises(UserError, match=r"root is a link, but consyn-prepare needs files of its"):
         opened(root)
     assert files(foreign) == before
 
@@ -82,7 +82,7 @@ def test_a_users_directory_is_refused(foreign: Path) -> None:
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("mine")
-    with pytest.raises(UserError, match="root is a file, where consyn-prepare needs"):
+    with pytest.raises(UserError, match="root is a file, but consyn-prepare needs"):
         opened(tmp_path / "root")
 
 
@@ -91,7 +91,7 @@ def test_links_inside_are_refused(tmp_path: Path, foreign: Path) -> None:
     opened(root)
     for name in ("tokenizer", GENERATION, f".tokenizer.{GENERATION[:16]}.new"):
         (root / name).symlink_to(foreign)
-        with pytest.raises(UserError, match=f"{name} is a link, where consyn-prepare needs"):
+        with pytest.raises(UserError, match=f"{name} is a link, but consyn-prepare needs"):
             opened(root)
         (root / name).unlink()
     assert files(foreign) == before
