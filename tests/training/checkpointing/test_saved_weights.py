@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.training.checkpointing.manager import Checkpoints
 from consyn_jax.training.checkpointing.saved_weights import read_weights
 from consyn_jax.training.step import TrainState
@@ -30,5 +31,12 @@ def test_the_average_of_schedule_free_training_is_found_at_any_depth(
         tmp_path / "3", {"w": jax.ShapeDtypeStruct((6,), jnp.bfloat16, sharding=here)}
     )
     assert found["w"].dtype == jnp.bfloat16
+    mesh = build_mesh({"data": 1, "fsdp": 2, "context": 1, "tensor": 1}, jax.devices()[2:4])
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    there = read_weights(
+        tmp_path / "3", {"w": jax.ShapeDtypeStruct((6,), jnp.float32, sharding=rows)}
+    )
+    assert there["w"].sharding.is_equivalent_to(rows, 1)
+    np.testing.assert_allclose(there["w"], (slow - 0.2 * fast) / 0.8, rtol=1e-6)
     # The weights are 0.2 z + 0.8 x, of which the average is x (Defazio et al., 2024).
     np.testing.assert_allclose(found["w"], (slow - 0.2 * fast) / 0.8, rtol=1e-2)
