@@ -143,7 +143,7 @@ def test_settings_that_change_the_computation_are_supported_in_their_plain_form(
     written(tmp_path, "llama tied")
     original = (tmp_path / "adapter" / "adapter_config.json").read_text()
     switches = ("use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "use_bdlora")
-    plain = {name: (False, None) for name in switches} | {"init_lora_weights": (True, False, None)}
+    plain = dict.fromkeys(switches, (False, None)) | {"init_lora_weights": (True, False, None)}
     for key, allowed in plain.items():
         for value in allowed:
             changed(tmp_path, **{key: value})

@@ -228,7 +228,7 @@ def test_the_directory_may_be_given_by_its_flag(tmp_path: Path) -> None:
         "output": "there"
     }
     assert given_once({"output": tmp_path, "lr": 1.0}, {}) == {"output": str(tmp_path), "lr": 1.0}
-    with pytest.raises(UserError, match="^output_dir and output are the same setting"):
+    with pytest.raises(UserError, match=r"^output_dir and output are the same setting"):
         given_once({"output": "elsewhere"}, {"output": "there"})
     with pytest.raises(UserError, match="must be the path of a directory, not of type int"):
         given_once({"output": 5}, {})

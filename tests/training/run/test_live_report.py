@@ -159,7 +159,7 @@ def test_a_page_has_all_about_the_run(
         clock.now += seconds
         report.refresh()
     report.finish()
-    ((*place, samples, status), more) = written.call_args_list[1]
+    ((*place, samples, _), more) = written.call_args_list[1]
     assert (place, samples) == ([tmp_path, recorder.history, {"lr": 1.0}], [(4, "text")])
     assert more == {
         "summary": recorder.summary(),

@@ -164,7 +164,7 @@ def test_a_run_with_a_model_is_continued_without_a_checkpoint(model: str, tmp_pa
     (tmp_path / "checkpoints" / "3").rmdir()
     (tmp_path / model).mkdir()
     assert holds_run(run(tmp_path)[0])
-    with pytest.raises(UserError, match="--beta1 was 0.9 and is 0.8"):
+    with pytest.raises(UserError, match=r"--beta1 was 0\.9 and is 0\.8"):
         holds_run(run(tmp_path, beta1=0.8)[0])
 
 
