@@ -118,8 +118,9 @@ def test_the_best_model_is_exported_if_it_is_wanted_and_whole(
 
 def saving(error: Exception | None) -> Any:
     def save(directory: Path, config: ModelConfig, params: Any) -> None:
-        directory.mkdir(parents=True)
-        (directory / "model.safetensors").write_bytes(b"weights")
+        if str(error) != "strange":  # which comes before the first file
+            directory.mkdir(parents=True)
+            (directory / "model.safetensors").write_bytes(b"weights")
         if error is not None:
             raise error
 
