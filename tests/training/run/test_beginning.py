@@ -1,7 +1,7 @@
 """The beginning of a run: its log, its best model, its trackers, and what its keywords mean."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from consyn_jax.config import EvaluationOptions
 from consyn_jax.errors import UserError
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.resolve import resolve
@@ -22,6 +23,7 @@ from consyn_jax.training.logging.tracking.callbacks import Callbacks, RunView
 from consyn_jax.training.run import beginning
 from consyn_jax.training.run.directory import RunDirectory
 from consyn_jax.training.run.keywords import given_once, resolve_keywords
+from consyn_jax.training.run.model_manifest import seal
 
 Lines = list[tuple[int, dict[str, Any]]]
 
@@ -65,6 +67,67 @@ def test_resuming_takes_back_what_was_logged_later(
     assert progress.selection == Selection(*best, stale=2)
     steps = [line["step"] for line in beginning.read_metrics(tmp_path / "run/metrics.jsonl")]
     assert steps == [0] + [step for step, _ in lines if step <= 6]
+
+
+@pytest.mark.parametrize(
+    ("resume", "holds_run", "step"),
+    [
+        ("auto", True, 9),
+        ("auto", False, None),
+        ("7", True, 7),
+        ("7", False, 7),
+        ("never", False, None),
+    ],
+)
+def test_a_run_resumes_from_the_step_that_is_wanted(
+    resume: str, holds_run: bool, step: int | None, tmp_path: Path
+) -> None:
+    checkpoints = Mock(spec=Checkpoints)
+    checkpoints.newest.return_value = 9
+    directory = RunDirectory(tmp_path, holds_run, RunRecord.new())
+    assert beginning.resume_step(resume, directory, checkpoints) == step
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_run_is_complete_after_its_last_step_its_model_and_its_last_event(
+    has_log: bool, tmp_path: Path
+) -> None:
+    checkpoints, said, known = Mock(spec=Checkpoints), [], [True]
+    checkpoints.record = lambda step: asdict(Progress(step=step))
+
+    def is_complete(step: int | None) -> bool:
+        options = EvaluationOptions()
+        return beginning.is_complete(
+            tmp_path, step, 10, checkpoints, options, known[0], said.append
+        )
+
+    final = tmp_path / "final"
+    final.mkdir()
+    assert not is_complete(None)
+    assert not is_complete(9)
+    assert said == []
+    missing = [f"{final} has no model", f"{final}/consyn_manifest.json is missing"]
+    assert not is_complete(10)
+    (final / "config.json").write_text("{}")
+    assert not is_complete(10)
+    seal(final)
+    if has_log:
+        with MetricsLog(tmp_path) as log:
+            log.write(10, 80, event="save")
+    assert not is_complete(10)
+    missing.append(f"{tmp_path}/metrics.jsonl has no finish event")
+    told = f"The run in {tmp_path} has taken its last step, but"
+    again = "The work after the last step is repeated."
+    assert said == [f"{told} {reason}. {again}" for reason in missing]
+    with MetricsLog(tmp_path) as log:
+        log.write(10, 80, event="finish")
+    assert is_complete(10)
+    assert is_complete(11)
+    assert not is_complete(9)
+    assert len(said) == 3
+    known[0] = False
+    with pytest.raises(UserError, match="is complete, and an iterator or random data cannot be"):
+        is_complete(10)
 
 
 def test_a_log_that_ends_too_early_is_said(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.checkpointing.best_evaluation import Selection
 from consyn_jax.training.checkpointing.run_state import Progress
 from consyn_jax.training.logging.console import Console
+from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.run import ending
 from consyn_jax.training.run.ending import best_model, record_end, sample
 from consyn_jax.training.run.export import export_model
@@ -46,9 +47,11 @@ def test_a_sample_fits_the_context_and_is_drawn_with_the_seed(
     tokenizer = BPETokenizer.bytes()
     model = Mock(spec=ConsynLMHeadModel, config=SMALL)
     model.generate.return_value = jnp.array([[ord("o"), ord("k")]])
-    monkeypatch.setattr(ConsynLMHeadModel, "from_parameters", lambda config, params: model)
+    made = Mock(return_value=model)
+    monkeypatch.setattr(ConsynLMHeadModel, "from_parameters", made)
     monkeypatch.setattr(ending, "SAMPLE_TOKENS", tokens)
-    assert sample(SMALL, {}, tokenizer, 5) == "ok"
+    assert sample(SMALL, {"w": 1}, tokenizer, 5) == "ok"
+    made.assert_called_once_with(SMALL, {"w": 1})
     ((prompt, length), how) = model.generate.call_args
     first = next(i for i in (tokenizer.first_id, tokenizer.eos_token_id) if i is not None)
     np.testing.assert_array_equal(prompt, [[first]])
@@ -81,11 +84,31 @@ def test_the_last_event_has_the_best_step_and_the_losses_are_drawn_if_wanted(
         recorder.log = None
     report = Mock(spec=LiveReport)
     record_end(tmp_path, report, recorder, **({} if draws is None else {"draws": draws}))
-    assert drawn.called == (writes and draws is not False)
+    given = [((tmp_path, recorder),)] if writes and draws is not False else []
+    assert drawn.call_args_list == given
     best = {} if best_step is None else {"best_step": 6}
     recorder.event.assert_called_once_with("finish", {**best, "sources": {"a": 3}})
     assert report.finish.called
     assert recorder.flush.called
+
+
+def test_the_losses_of_the_log_are_drawn(
+    recorder: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MetricsLog(tmp_path) as log:
+        line = log.write(1, 8, {"train/loss": 2.0})
+    drawn = Mock()
+    monkeypatch.setattr(ending, "write_loss_plot", drawn)
+    ending.draw_losses(tmp_path, recorder)
+    drawn.assert_called_once_with([line], tmp_path / "loss.png")
+    assert not recorder.console.warn.called
+    for error, reason in (
+        (OSError(errno.ENOSPC, "No space left on device"), "(No space left on device)"),
+        (TypeError("a defect"), "(TypeError: a defect)"),
+    ):
+        drawn.side_effect = error
+        ending.draw_losses(tmp_path, recorder)
+        assert reason in recorder.console.warn.call_args.args[0]
 
 
 def choice(path: Path, recorder: Mock, *, is_wanted: bool = True) -> Path | None:
@@ -118,6 +141,7 @@ def test_the_best_model_is_exported_if_it_is_wanted_and_whole(
 
 def saving(error: Exception | None) -> Any:
     def save(directory: Path, config: ModelConfig, params: Any) -> None:
+        assert (config, params) == (SMALL, {"w": 1})
         if str(error) != "strange":  # which comes before the first file
             directory.mkdir(parents=True)
             (directory / "model.safetensors").write_bytes(b"weights")
@@ -142,7 +166,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "old").touch()
     with pytest.raises(UserError if reason else SafetensorError) as refused:
-        export_model(tmp_path / "best", SMALL, {}, None, save=saving(error))
+        export_model(tmp_path / "best", SMALL, {"w": 1}, None, save=saving(error))
     if reason:
         assert f"/best could not be written: {reason}. " in str(refused.value)
         assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["best", "best/old"]
@@ -161,6 +185,6 @@ def test_a_tokenizer_is_exported_for_the_family_of_its_model(
     def before() -> None:
         order.append("before" if not (tmp_path / "final").exists() else "late")
 
-    export_model(tmp_path / "final", SMALL, {}, tokenizer, before, facts, saving(None))
+    export_model(tmp_path / "final", SMALL, {"w": 1}, tokenizer, before, facts, saving(None))
     assert order == ["qwen3", "before"]
     assert json.loads((tmp_path / "final/provenance.json").read_text()) == ["model.safetensors"]

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from consyn_jax.data.mixture import Mixture
@@ -18,10 +19,12 @@ from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.live.activities import ACTIVITIES, key
 from consyn_jax.training.logging.loss_spikes import LossSpikeDetector
 from consyn_jax.training.logging.metrics import MetricsLog, read_metrics
+from consyn_jax.training.logging.stopwatch import Stopwatch
 from consyn_jax.training.logging.tracking.callbacks import Callbacks
 from consyn_jax.training.optim.schedules import Plateau
 from consyn_jax.training.run import recording
 from consyn_jax.training.run.recording import Lengths, Recorder, memory_stats
+from consyn_jax.training.step import TrainState
 
 SETTINGS = RunSettings(10, 0, 0.1, 1.0, 4, 1, "none", None, None)
 Made = Callable[..., Recorder]
@@ -79,8 +82,17 @@ def test_a_line_counts_the_steps_since_the_last_one(make: Made, tmp_path: Path) 
     console, callbacks = recorder.console, recorder.callbacks
     assert isinstance(console, Mock)
     assert isinstance(callbacks, Mock)
-    shown = [call.args[3:] for call in console.step.call_args_list]
+    calls = [call.args for call in console.step.call_args_list]
+    assert [call[:2] for call in calls] == [(step, 2.0) for step in range(1, 11)]
+    assert all(tokens_per_s > 0 for _, _, tokens_per_s, *_ in calls)
+    shown = [call[3:] for call in calls]
     assert [bool(line) for line in shown] == [step in (1, 4, 8, 10) for step in range(1, 11)]
+    advice = recorder.progress.adviser.line
+    assert isinstance(advice, Mock)
+    judged = [call.args for call in advice.call_args_list]
+    losses = recorder.progress.recent.losses
+    assert [call[:2] for call in judged] == [(1, 1.0), (4, 2 / 3), (8, 0.75), (10, 0.5)]
+    assert judged[-1][2:] == (losses, recorder._usage(shown[-1][0]), SETTINGS)
     told = [call.args[0] for call in callbacks.step.call_args_list]
     assert told == read_metrics(tmp_path / "metrics.jsonl")
     assert callbacks.tick.call_count == 10
@@ -96,11 +108,14 @@ def test_the_values_of_a_step_are_logged_if_they_are_finite(
     more = {"part/loss": 7.0, "skipped": 1.0, "loss_scale": 128.0, "skipped_steps": 3.0}
     step = values(grad_norm=float("inf"), other=5.0, **more)
     recorder.count(step)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    recorder.stopwatch = Stopwatch(step_flops=1e6, peak_flops=1e12)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     recorder.step(step, 0.0)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line["train/learning_rate"] == 0.25 * 3 * (scale or 1.0)
-    assert before <= line["memory/peak_bytes"] < before + (1 << 28)
+    assert line["throughput/mfu"] * line["throughput/step_time_s"] == pytest.approx(1e-6)
+    assert 1024 * before <= line["memory/peak_bytes"] <= 1024 * after
     assert {name: value for name, value in line.items() if name.startswith("train/")} == {
         "train/loss": 2.0,
         "train/learning_rate": line["train/learning_rate"],
@@ -137,6 +152,7 @@ def test_each_epoch_of_each_source_is_recorded_at_the_step_in_which_it_ends(
         recorder.ended_passes(resumed=resumed)
     found = read_metrics(tmp_path / "metrics.jsonl")
     ends = [(line["step"], line.get("source", ""), line["epoch"]) for line in found]
+    assert all(("source" in line) == (names != ("",)) for line in found)
     wanted = [(3, names[0], 1), (3, "b", 1), (5, names[0], 2), (6, "b", 2)]
     assert ends == [end for end in wanted if end[1] in names]
     assert isinstance(recorder.console, Mock)
@@ -225,6 +241,43 @@ def test_processes_are_compared(make: Made, monkeypatch: pytest.MonkeyPatch) -> 
     advice = recorder.progress.adviser.processes
     assert isinstance(advice, Mock)
     advice.assert_called_once_with(0, [mine, theirs])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_processes_are_compared_now_and_then(
+    processes: int, make: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(recording, "COMPARED", 2)
+    compared = Mock()
+    monkeypatch.setattr(Recorder, "_compare_processes", compared)
+    recorder = make()
+    for _ in range(10):
+        recorder.count(values())
+        recorder.step(values(), 0.0)
+        assert compared.call_count == (processes == 2 and recorder.progress.step >= 8)
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_callbacks_get_an_evaluation_with_histograms_if_they_are_wanted(
+    is_wanted: bool, make: Made
+) -> None:
+    recorder, line = make(), {"step": 1, "eval/loss": 2.0}
+    state = TrainState(jnp.int32(1), {}, (), jnp.int32(0))
+    told = recorder.callbacks = Mock(spec=Callbacks, run=Mock(histograms={"older": 1}))
+    recorder.histograms = (lambda given: {"same": given is state}) if is_wanted else None
+    recorder.tell_evaluation(line, state)
+    assert told.run.histograms == ({"same": True} if is_wanted else {"older": 1})
+    told.evaluate.assert_called_once_with(line)
+
+
+def test_the_log_reaches_the_disk(make: Made) -> None:
+    recorder = make()
+    recorder.log = log = Mock(spec=MetricsLog)
+    recorder.flush()
+    assert log.flush.called
+    recorder.log = None
+    recorder.flush()
 
 
 @pytest.mark.parametrize("found", [{"bytes_limit": 100}, None])
