@@ -46,6 +46,21 @@ def test_the_average_of_schedule_free_training_is_found_at_any_depth(
     np.testing.assert_allclose(found["w"], (slow - 0.2 * fast) / 0.8, rtol=1e-2)
 
 
+def test_weights_are_read_in_the_type_that_is_wanted(tmp_path: Path) -> None:
+    weights = {"w": jnp.arange(6.0)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, TrainState(jnp.int32(3), weights, {}, jnp.int32(0)), {"step": 3})
+    checkpoints.close()
+    there = SingleDeviceSharding(jax.devices()[3])
+    like = {"w": jax.ShapeDtypeStruct((6,), jnp.bfloat16, sharding=there)}
+    found = read_weights(tmp_path / "3", like)["w"]
+    assert (found.dtype, found.sharding) == (jnp.bfloat16, there)
+    np.testing.assert_array_equal(found, weights["w"])
+    (tmp_path / "3").rename(tmp_path / "4")
+    with pytest.raises(UserError, match="the name of step 4, but contains the state of step 3"):
+        read_weights(tmp_path / "4", like)
+
+
 def test_arrays_are_read_onto_their_devices_if_they_fit(tmp_path: Path) -> None:
     handler = ocp.PyTreeCheckpointHandler()
     arrays = {"w": jnp.arange(12.0).reshape(6, 2)}
