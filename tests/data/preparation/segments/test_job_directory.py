@@ -62,7 +62,7 @@ def test_a_link_in_place_of_a_job_is_not_followed(
     for target in (foreign, other):
         before = files(target)
         job.root.symlink_to(target)
-        with pytest.raises(UserError, match="is a link, where"):
+        with pytest.raises(UserError, match="is a link, but"):
             by_many(data, tmp_path / "many")
         assert files(target) == before
         job.root.unlink()
