@@ -179,6 +179,17 @@ def test_each_kind_of_training_has_its_recipe(
     assert (options.lr, options.weight_decay, options.beta2) == recipe
 
 
+def test_a_name_of_the_users_own_is_for_flags_that_take_one() -> None:
+    """And a text in YAML may look like a truth value."""
+    assert values({"logging_backend": ["own.module:Class"]})["logging_backend"] == (
+        "own.module:Class",
+    )
+    for name, value in (("logging_backend", ["own"]), ("scheduler", "own:Class")):
+        with pytest.raises(UserError, match=rf"^--{name} 'own.*' is not known"):
+            resolve({name: value})
+    assert values({}, {"output": True})["output"] == "true"
+
+
 def test_numbers_may_be_separated_by_commas() -> None:
     config, _ = resolve({"data": ["a", "b"], "data_weights": ["0.5,0.5"]})
     assert config.data.data_weights == (0.5, 0.5)

@@ -2,7 +2,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,16 @@ def test_a_run_and_its_decay_have_at_least_one_step() -> None:
     short = [BudgetOptions(epochs=epochs) for epochs in (1e-3, 1.0, 1.01)]
     steps = [count_steps(budget, OptimizerOptions(), 32, 800) for budget in short]
     assert steps == [1, 100, 101]
+
+
+def test_a_decay_from_a_step_has_no_warm_up() -> None:
+    """The run that it continues had it; the decay is the rest of the run, whatever its ratio."""
+    chosen = OptimizerOptions(
+        lr=1.0, scheduler="constant_with_warmup", warmup_steps=5, decay_from=8, decay_ratio=0.9
+    )
+    schedule = build_schedule(replace(chosen, decay_shape="linear", min_lr_ratio=0.2), 10)
+    found = [float(schedule(step)) for step in (0, 4, 8, 9, 10)]
+    assert found == pytest.approx([1.0, 1.0, 1.0, 0.6, 0.2])
 
 
 def test_warm_up_longer_than_the_run_is_refused() -> None:
