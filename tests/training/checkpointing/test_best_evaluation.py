@@ -61,6 +61,20 @@ def test_patience_counts_evaluations_that_improve_too_little() -> None:
     assert selection.stale == 0
 
 
+@pytest.mark.parametrize(("metric", "sign"), [("eval/loss", -1.0), ("eval/accuracy", 1.0)])
+def test_an_improvement_is_more_than_min_delta(metric: str, sign: float) -> None:
+    """Neither an equal value nor one that is better by exactly that much."""
+    selection, stale = Selection(), []
+    for value in (math.nan, 1.0, 1.5, 1.625):
+        selection.update(metric, sign * value, 7, min_delta=0.5)
+        stale.append(selection.stale)
+    assert stale == [1, 0, 1, 0]
+    selection.update(metric, sign * 1.625, 8)
+    assert selection.should_stop(1, 8, min_steps=8)
+    selection.update(metric, sign * 1.75, 9)
+    assert not selection.should_stop(1, 9)
+
+
 def test_a_metric_that_is_never_logged() -> None:
     resolve({"metric_for_best_model": "eval/accuracy"})
     with pytest.raises(

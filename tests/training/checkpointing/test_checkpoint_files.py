@@ -57,6 +57,23 @@ def test_a_file_is_hollow_if_it_is_large_and_has_almost_no_content(
     assert damage(checkpoint) is None
 
 
+def test_a_gibibyte_is_the_most_that_a_sparse_file_may_have(tmp_path: Path) -> None:
+    for size, is_too_large in ((1 << 20, False), (1 << 30, False), ((1 << 30) + 1, True)):
+        (tmp_path / "file").touch()
+        os.truncate(tmp_path / "file", size)
+        assert is_hollow(tmp_path / "file") == is_too_large
+
+
+@pytest.mark.parametrize("name", ["state/a", "state/b"])
+def test_every_file_is_verified(checkpoint: Path, name: str) -> None:
+    (checkpoint / "state" / "b").write_text("weights")
+    with (checkpoint / CHECKSUMS).open("a") as sums:
+        sums.write(f"{file_hash(checkpoint / 'state' / 'b')}  state/b\n")
+    assert damage(checkpoint) is None
+    (checkpoint / name).write_text("weighty")
+    assert damage(checkpoint) == f"{name} is not what was written"
+
+
 def test_no_name_drives_the_terminal(checkpoint: Path) -> None:
     (checkpoint / "state" / "\x1b[2J\u202e").write_text("")
     assert damage(checkpoint) == rf"state/\x1b[2J\u202e is not in {CHECKSUMS}"

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.errors import UserError
-from consyn_jax.training.checkpointing import commit
+from consyn_jax.training.checkpointing import commit, orbax_writes
 from consyn_jax.training.checkpointing import manager as module
 from consyn_jax.training.checkpointing.checkpoint_files import damage, file_hash, file_names
 from consyn_jax.training.checkpointing.manager import Checkpoints
@@ -347,7 +347,8 @@ def test_when_all_are_damaged_nothing_is_touched(copied: Path, warnings: list[st
     checkpoints.close()
     assert contents(copied) == before
     assert (copied / "8.orbax-checkpoint-tmp").exists()
-    assert len(warnings) == 2  # of 6 and 4; the error names them all
+    said = [warning.partition(" is damaged")[0] for warning in warnings]
+    assert said == [str(copied / "6"), str(copied / "4")]  # the error names them all
 
 
 def test_only_damage_that_was_found_counts_and_a_good_one_is_read_once(
@@ -685,7 +686,9 @@ def test_closing_waits(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     began = time.monotonic()
     checkpoints.save(1, state_of(1), {})
+    handler = checkpoints._handler = Mock(wraps=checkpoints._handler)
     checkpoints.close()
+    assert handler.close.call_count == 1
     assert (tmp_path / "1" / "CHECKSUMS").exists()
     assert time.monotonic() - began < 60
 
@@ -705,14 +708,16 @@ def test_a_run_that_ends_leaves_the_hook_to_those_beside_it(
     assert sys.unraisablehook is before
 
 
-@pytest.mark.parametrize("failing", ["write", "read", None])
+@pytest.mark.parametrize("failing", ["write", "read", "defect", "begun", None])
 def test_what_orbax_abandoned_ends_unheard_after_the_run(
     failing: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
-    """Its threads may raise errors until Python ends: the hook stays, and closing waits for them."""
+    """Its threads may raise errors until Python ends, whatever is saved after they were abandoned:
+    the hook stays, and closing waits for them."""
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     waits = Mock(wraps=module.outlast_abandoned_work)
     monkeypatch.setattr(module, "outlast_abandoned_work", waits)
+    monkeypatch.setattr(orbax_writes, "ABANDONED_S", 0.01)
     checkpoints = Checkpoints(tmp_path, warn=warnings.append)
     save(checkpoints, 1)
     with monkeypatch.context() as patch:
@@ -724,10 +729,88 @@ def test_what_orbax_abandoned_ends_unheard_after_the_run(
             patch.setattr(module, "read_state", Mock(side_effect=ValueError("another version")))
             with pytest.raises(UserError, match="cannot be restored: another version"):
                 checkpoints.restore(1, like(state_of(1)))
+        elif failing == "defect":
+            patch.setattr(commit, "file_hash", Mock(side_effect=TypeError("a defect")))
+            checkpoints.save(2, state_of(2), {})
+            with pytest.raises(TypeError, match="a defect"):
+                checkpoints.wait()
+        elif failing == "begun":
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(2, state_of(2), {}, begun=Mock(side_effect=KeyboardInterrupt))
+    save(checkpoints, 3)
     checkpoints.close()
     assert len(warnings) == (failing == "write")
     assert waits.call_count == (failing is not None)
     assert isinstance(sys.unraisablehook, WithoutAbandonedWork) == (failing is not None)
+
+
+def test_each_attempt_of_each_start_has_a_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    """A failed one may still be writing to its own."""
+    targets: list[Path] = []
+
+    def refuse(target: Path, size: int) -> None:
+        targets.append(target)
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(module, "outlast_abandoned_work", lambda: None)
+    monkeypatch.setattr(module, "prepare", refuse)
+    first = RunRecord.new()
+    for owner in (first, first.started_again()):
+        checkpoints = Checkpoints(tmp_path, owner=owner, warn=warnings.append)
+        assert not any(checkpoints.save(3, state_of(3), {}) for _ in range(2))
+        checkpoints.close()
+    assert len(targets) == len({*targets}) == 4
+    told = f"The checkpoint of step 3 could not be written to {tmp_path}: Read-only file system"
+    assert warnings == [f"{told}. There is no checkpoint yet."] * 2
+
+
+def test_the_files_of_a_refused_checkpoint_are_removed_at_once(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    save(checkpoints, 1)
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr(module, "give_name", Mock(side_effect=full))
+        save(checkpoints, 2)
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["1"]
+    assert len(warnings) == 1
+
+
+def test_the_last_two_writes_are_measured(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, by the seconds that their files take to reach the disk."""
+    monkeypatch.setattr(commit, "_hash_and_flush", lambda file: (file_hash(file), 100.0))
+    for step in (1, 2, 3):
+        checkpoints.save(step, state_of(step, width=8**step), {})
+    checkpoints.wait()
+    sizes = [
+        [file.stat().st_size for file in own.rglob("*") if file.is_file()]
+        for own in (checkpoints.directory / step / "state/ocdbt.process_0" for step in "23")
+    ]
+    assert sum(sizes[0]) < sum(sizes[1])
+    assert checkpoints.written == tuple(
+        commit.Written(sum(files), 100.0 * len(files)) for files in sizes
+    )
+
+
+def test_checkpoints_of_another_run_are_refused(saved: Path, tmp_path: Path) -> None:
+    own = RunRecord.new()
+    during = Checkpoints(tmp_path, owner=own)
+    shutil.copytree(saved / "6", tmp_path / "6")
+    after = Checkpoints(tmp_path, owner=own)
+    for refused in (
+        lambda: during.save(1, state_of(1), {"run": own.run}),
+        lambda: after.record(6),
+        lambda: after.restore(6, like(state_of(6))),
+    ):
+        with pytest.raises(UserError, match="/6 is a checkpoint of another run"):
+            refused()
+    during.close()
+    after.close()
 
 
 def test_a_step_that_is_being_saved_is_not_saved_twice(checkpoints: Checkpoints) -> None:
