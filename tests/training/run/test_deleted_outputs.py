@@ -95,6 +95,8 @@ def test_checkpoints_that_become_a_link_end_the_run(opened: RunDirectory, path: 
     opened.checkpoints.symlink_to(path.with_name("outside"))
     with pytest.raises(UserError, match="checkpoints has become a link, which is not followed"):
         opened.check()
+    opened.close()
+    assert (path / "lock").exists(), "it changes nothing more"
 
 
 def test_a_deleted_configuration_is_written_again(opened: RunDirectory, path: Path) -> None:

@@ -1,4 +1,5 @@
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from consyn_jax.errors import UserError
 from consyn_jax.flags import flat
 from consyn_jax.resolve import resolve
 from consyn_jax.training.logging.metrics import MetricsLog
-from consyn_jax.training.run.opening import open_run_directory
+from consyn_jax.training.run.directory import found_study
+from consyn_jax.training.run.opening import check_output, open_run_directory
 
 
 def test_config_yaml_has_every_value_with_its_origin_and_is_read_back(tmp_path: Path) -> None:
@@ -42,6 +44,9 @@ def test_config_yaml_does_not_record_overwrite_and_resume(tmp_path: Path) -> Non
     begin(tmp_path, overwrite=True, resume="never")
     recipe = read_config_file(tmp_path / "config.yaml")
     assert (recipe["overwrite"], recipe["resume"]) == (False, "auto")
+    lines = (tmp_path / "config.yaml").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("overwrite:"))
+    assert line.endswith("# default")
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
@@ -101,3 +106,44 @@ def test_a_directory_that_holds_no_run_is_never_emptied(tmp_path: Path) -> None:
     (tmp_path / "logs" / "precious").write_text("x")
     assert not holds_run(run(tmp_path, overwrite=True)[0])
     assert (tmp_path / "logs" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("study/study.json", "a study of consyn-tune"),
+        ("ladder.json", "a ladder of consyn-tune"),
+        ("sizes/0-haiku/config.yaml", "a ladder of consyn-tune"),
+        ("sizes/other/config.yaml", None),
+    ],
+)
+def test_a_study_is_no_run(name: str, kind: str | None, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    assert found_study(tmp_path) == kind
+    if kind:
+        with pytest.raises(UserError, match=f"contains {kind}, but a run needs its own directory"):
+            check_output(run(tmp_path)[0])
+
+
+def test_links_of_weights_and_biases_within_its_directory_are_its_own(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "latest-run").symlink_to(tmp_path)
+    assert not holds_run(run(tmp_path)[0])
+
+
+def test_lines_of_the_log_check_the_directory_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, origins = run(tmp_path)
+    directory = open_run_directory(config, DERIVED)
+    directory.write_config(config, origins, DERIVED)
+    found = []
+    for now in (100.0, 100.5, 101.5):
+        (tmp_path / "config.yaml").unlink(missing_ok=True)
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        directory.check_for_line()
+        found.append((tmp_path / "config.yaml").exists())
+    monkeypatch.undo()
+    assert found == [True, False, True]
+    directory.close()

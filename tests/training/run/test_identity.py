@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,12 @@ import yaml
 from run_directories import DERIVED, begin, holds_run, run
 
 from consyn_jax.errors import UserError
-from consyn_jax.training.run.identity import differences, read_run_config
+from consyn_jax.training.run.identity import (
+    check_schedule,
+    describe_derived,
+    differences,
+    read_run_config,
+)
 from consyn_jax.training.run.opening import open_run_directory
 
 
@@ -41,6 +47,12 @@ def test_flags_that_do_not_change_the_mathematics_may_change(tmp_path: Path) -> 
         ({}, {"data": "other"}, ["the training data changed"]),
         ({}, {"tokenizer": None}, ["the tokenizer changed"]),
         ({}, {"vocab_size": 300}, ["the vocabulary was 259 and is 300"]),
+        ({}, {"weights": "new"}, []),
+        (
+            {},
+            {"weights": "new", "requests": "xyz"},
+            ["the requests of --eval_requests, by which the best model is selected, changed"],
+        ),
         (
             {},
             {"sequences_per_step": 16},
@@ -57,6 +69,9 @@ def test_another_run_is_told_apart_difference_by_difference(
         yaml.safe_load((tmp_path / "config.yaml").read_text()), config, DERIVED | derived
     )
     assert found == words
+    if not words:
+        assert holds_run(config, DERIVED | derived)
+        return
     with pytest.raises(UserError) as caught:
         open_run_directory(config, DERIVED | derived)
     message = str(caught.value)
@@ -122,3 +137,49 @@ def test_packing_is_compared_by_its_effect(
         words = ["--packing was cut and is whole"] if by_data == "whole" else []
         found = differences(old, config, DERIVED | {"packing": by_data})
         assert [text.partition(",")[0] for text in found] == words
+
+
+def test_initial_weights_are_compared_if_both_runs_know_theirs(tmp_path: Path) -> None:
+    begin(tmp_path)
+    old, config = yaml.safe_load((tmp_path / "config.yaml").read_text()), run(tmp_path)[0]
+    old["derived"]["weights"] = "old"
+    assert differences(old, config, DERIVED) == []
+    assert differences(old, config, DERIVED | {"weights": "old"}) == []
+    changed = differences(old, config, DERIVED | {"weights": "new"})
+    assert changed == ["the initial weights changed"]
+
+
+def test_a_length_that_the_data_decides_is_compared_once_the_data_is_read(tmp_path: Path) -> None:
+    begin(tmp_path)
+    old = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    old |= {"max_tokens": 64, "sliding_window": 16}
+    config = run(tmp_path, max_tokens=32, sliding_window=16)[0]
+    unknown = replace(config, data=replace(config.data, max_tokens=None))
+    assert differences(old, config, None) == ["--max_tokens was 64 and is 32"]
+    assert differences(old, unknown, None) == []
+    assert differences(old, unknown, DERIVED) == ["--max_tokens was 64 and is None"]
+    other = run(tmp_path)[0]
+    unknown = replace(other, data=replace(other.data, max_tokens=None))
+    assert differences(old, unknown, None) == ["--sliding_window was 16 and is None"]
+
+
+def test_a_schedule_is_compared_step_by_step(tmp_path: Path) -> None:
+    """At the step from which the run resumes, unless it has no more to do."""
+    begin(tmp_path)
+    old, same = yaml.safe_load((tmp_path / "config.yaml").read_text()), run(tmp_path)[0]
+    check_schedule(old, same, DERIVED, 100)
+    other = run(tmp_path, lr=0.1)[0]
+    for config, total in ((other, 100), (same, 99)):
+        with pytest.raises(UserError, match="holds a run with another schedule"):
+            check_schedule(old, config, {"total_steps": total}, 50)
+        over = replace(config, saving=replace(config.saving, overwrite_schedule=True))
+        check_schedule(old, over, {"total_steps": total}, total)
+        with pytest.raises(UserError, match=rf"already at step {total + 1}, past the {total} st"):
+            check_schedule(old, over, {"total_steps": total}, total + 1)
+    with pytest.raises(UserError, match=r"another schedule: --lr was .* and is 0\.1; the learn"):
+        check_schedule(old, other, DERIVED, 50)
+
+
+def test_derived_values_are_shown_briefly_by_name() -> None:
+    shown = describe_derived({"data": 40 * "a", "total_steps": 7, "packing": "cut"})
+    assert shown == {"the training data": 16 * "a", "the number of steps": "7"}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +15,7 @@ from consyn_jax.training.checkpointing.run_state import Progress
 from consyn_jax.training.logging.advice import RunSettings
 from consyn_jax.training.logging.console import Console
 from consyn_jax.training.logging.metrics import MetricsLog
+from consyn_jax.training.logging.run_page import Status
 from consyn_jax.training.logging.tracking.callbacks import Callbacks
 from consyn_jax.training.run import live_report
 from consyn_jax.training.run.directory import RunDirectory
@@ -123,6 +125,57 @@ def test_the_last_page_says_how_the_run_ended(
     assert "<b>Complete</b>" in page(tmp_path), "nothing is written after the end"
 
 
+def test_a_complete_page_stays(opened: Opened, tmp_path: Path) -> None:
+    report, recorder, _, _ = opened()
+    report.finish()
+    assert '"alive":false' in page(tmp_path)
+    recorder.event("signal", {"signal": "SIGINT"})
+    report.close()
+    assert "<b>Complete</b>" in page(tmp_path)
+
+
+def test_an_ended_page_stays(opened: Opened, tmp_path: Path) -> None:
+    report, recorder, _, _ = opened()
+    report.close()
+    before = page(tmp_path)
+    recorder.event("signal", {"signal": "SIGINT"})
+    report.close()
+    assert page(tmp_path) == before
+
+
+def test_a_page_has_all_about_the_run(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest time between two versions tells its reader when to worry."""
+    _, recorder, clock, _ = opened()
+    written = Mock()
+    monkeypatch.setattr(live_report, "write_report", written)
+    recorder.last = {"train/loss": 2.0}
+    facts: Any = ({"lr": 1.0}, {"lr": "flag"}, [("model", "haiku")])
+    directory = RunDirectory(tmp_path, False, RunRecord.new())
+    report = LiveReport(directory, recorder, *facts, left_s=lambda: 90.0, clock=clock)
+    report.add_sample("text")
+    for seconds in (50.0, 400.0, 30.0):
+        clock.now += seconds
+        report.refresh()
+    report.finish()
+    ((*place, samples, _), more) = written.call_args_list[1]
+    assert (place, samples) == ([tmp_path, recorder.history, {"lr": 1.0}], [(4, "text")])
+    assert more == {
+        "summary": recorder.summary(),
+        "activities": recorder.activities.values,
+        "origins": {"lr": "flag"},
+        "about": [("model", "haiku")],
+    }
+    states = [call.args[-1] for call in written.call_args_list]
+    assert states == [
+        Status("running", True, 12, 90.0, 50.0),
+        Status("running", True, 12, 90.0, 400.0),
+        Status("running", True, 12, 90.0, 400.0),
+        Status("complete", False, 12, None, 400.0),
+    ]
+
+
 def test_a_page_that_cannot_be_written_is_said_once(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +203,7 @@ def test_samples_are_kept_over_a_resume_without_those_after_its_step(
         recorder.progress.step = step
         report.add_sample(f"<text> {step}")
     again, _, _, said = opened(step=8)
+    assert [line["step"] for line in again.samples] == [4, 8]
     again.add_sample("another 8")
     again.refresh()
     assert [(line["step"], line["text"]) for line in read_samples(tmp_path / SAMPLES)[0]] == [
@@ -180,7 +234,9 @@ def test_samples_take_a_share_of_the_time(opened: Opened) -> None:
     assert report.time_for_sample()
     report.add_sample("compiled", took_s=20.0)
     assert not report.time_for_sample()
-    clock.now += 200
+    clock.now += 190
+    assert not report.time_for_sample()
+    clock.now += 10
     assert report.time_for_sample(), "a tenth of 20 s is 1 % of 200 s"
     report.add_sample("", took_s=1.0)
     clock.now += 1

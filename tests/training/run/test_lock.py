@@ -18,7 +18,7 @@ import pytest
 
 from consyn_jax.errors import UserError
 from consyn_jax.training.run import lock as module
-from consyn_jax.training.run.lock import LOCK, RunLock, check_free, read_holder
+from consyn_jax.training.run.lock import LOCK, RunLock, check_free, is_held, read_holder
 
 HOLD = """
 import sys, time
@@ -149,6 +149,8 @@ def test_a_dead_process_or_a_later_one_with_its_pid_does_not(
         assert module._start_time(process.pid) is None, "a zombie"
         hold(tmp_path, pid=process.pid, born="x")
         RunLock(tmp_path).release()
+    hold(tmp_path, pid="x")
+    RunLock(tmp_path).release()
     hold(tmp_path, born="another boot 17")
     lock = RunLock(tmp_path)
     assert read_holder(tmp_path) == lock.holder
@@ -214,3 +216,47 @@ def test_a_lock_that_cannot_be_read_has_no_holder(tmp_path: Path) -> None:
     assert read_holder(tmp_path) == ""
     (tmp_path / LOCK).write_bytes(b'{"pid": 7, "host": "\xff"}')
     assert read_holder(tmp_path) == ""
+
+
+def test_whether_a_directory_is_held_is_known_without_writing(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    lock = RunLock(tmp_path)
+    assert is_held(tmp_path)
+    content = (tmp_path / LOCK).read_bytes()
+    lock.release()
+    (tmp_path / LOCK).write_bytes(content)
+    assert not is_held(tmp_path), "the file alone is no lock"
+    reader = os.open(tmp_path / LOCK, os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    assert not is_held(tmp_path), "a process that looks has no lock"
+    os.close(reader)
+    assert (tmp_path / LOCK).read_bytes() == content
+
+
+def test_without_locks_the_holder_decides(without_locks: None, tmp_path: Path) -> None:
+    hold(tmp_path)
+    assert is_held(tmp_path)
+    hold(tmp_path, born="another boot 17")
+    assert not is_held(tmp_path)
+    (tmp_path / LOCK).write_text("")
+    assert not is_held(tmp_path)
+
+
+def test_a_lock_that_may_not_be_opened_is_reported_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(module, "open_regular", refuse)
+    check_free(tmp_path)
+
+
+def test_the_name_of_a_process_may_look_like_its_state() -> None:
+    own, before = Path("/proc/self/comm"), module._start_time(os.getpid())
+    name = own.read_text()
+    try:
+        own.write_text("a) Z 1 2")
+        assert module._start_time(os.getpid()) == before
+    finally:
+        own.write_text(name)

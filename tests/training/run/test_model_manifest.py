@@ -1,11 +1,18 @@
 """A model says of itself which files it has, and which content."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from consyn_jax.training.run.model_manifest import MANIFEST, disagreement, has_manifest, seal
+from consyn_jax.training.run.model_manifest import (
+    MANIFEST,
+    added,
+    disagreement,
+    has_manifest,
+    seal,
+)
 
 
 @pytest.fixture
@@ -59,3 +66,50 @@ def test_what_differs_is_named(
         (model / name).write_bytes(content)
     found = disagreement(model)
     assert found == reason if reason else found
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("config.json", "config.json cannot be read ("),
+        (MANIFEST, f"{MANIFEST} cannot be read ("),
+        ("chat", "chat is a link"),
+        ("deep", "deep is a link"),
+        ("deep/er", "deep/er is a link"),
+    ],
+)
+def test_links_are_not_followed_even_to_an_equal_file(
+    name: str, reason: str, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (model / "deep" / "er").mkdir(parents=True)
+    (model / "deep" / "er" / "file").touch()
+    (model / MANIFEST).unlink()
+    seal(model)
+    assert disagreement(model) is None
+    outside = tmp_path_factory.mktemp("outside") / "original"
+    (model / name).rename(outside)
+    (model / name).symlink_to(outside)
+    assert str(disagreement(model)).startswith(reason)
+
+
+def test_files_that_nobody_listed_are_named(model: Path) -> None:
+    assert list(added(model)) == []
+    for name in ("chat/.hidden", ".git/config", "chat/mine", "a"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).touch()
+    (model / "link").symlink_to("chat")
+    unlisted = [f"{name} is not in {MANIFEST}" for name in ("a", "chat/mine", "link")]
+    assert list(added(model)) == unlisted
+    (model / MANIFEST).write_text("")
+    assert list(added(model)) == []
+
+
+def test_a_sealed_model_is_on_the_disk(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").readlink())
+    )
+    seal(model, lambda weights: json.dumps(sorted(weights)))
+    names = ("config.json", "chat/template", "model.safetensors", "provenance.json", "chat", "")
+    assert {*flushed} >= {model / name for name in names}
+    assert json.loads((model / "provenance.json").read_text()) == ["model.safetensors"]

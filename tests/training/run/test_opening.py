@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -9,9 +11,11 @@ from run_directories import DERIVED, begin, holds_run, run
 
 from consyn_jax.distributed.process_group import CONTINUE_ADVICE, ProcessGroup
 from consyn_jax.errors import UserError, advised, leave_out_overwrite
+from consyn_jax.resolve import resolve
+from consyn_jax.training.checkpointing.ownership import RunRecord
 from consyn_jax.training.run import opening
 from consyn_jax.training.run.lock import read_holder
-from consyn_jax.training.run.opening import open_run_directory
+from consyn_jax.training.run.opening import check_output, open_run_directory
 
 
 def test_a_new_directory_is_made_and_then_holds_the_run(tmp_path: Path) -> None:
@@ -114,6 +118,8 @@ def test_only_the_study_uses_the_directory_of_a_trial(tmp_path: Path) -> None:
     (tmp_path / "trial.json").touch()
     with pytest.raises(UserError, match="has a trial of a study, which only consyn-tune continues"):
         open_run_directory(run(tmp_path)[0], DERIVED)
+    with pytest.raises(UserError, match="has a trial of a study"):
+        check_output(run(tmp_path)[0])
     assert [file.name for file in tmp_path.iterdir()] == ["trial.json"]
     open_run_directory(run(tmp_path)[0], DERIVED, is_trial=True).close()
 
@@ -152,11 +158,128 @@ def test_a_run_without_a_checkpoint_may_be_replaced_by_another(tmp_path: Path) -
     assert not holds_run(run(tmp_path, lr=0.1)[0])
 
 
+@pytest.mark.parametrize("model", ["best", "final"])
+def test_a_run_with_a_model_is_continued_without_a_checkpoint(model: str, tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "checkpoints" / "3").rmdir()
+    (tmp_path / model).mkdir()
+    assert holds_run(run(tmp_path)[0])
+    with pytest.raises(UserError, match=r"--beta1 was 0\.9 and is 0\.8"):
+        holds_run(run(tmp_path, beta1=0.8)[0])
+
+
+@pytest.mark.parametrize(("resume", "step"), [("auto", 9), ("3", None), ("6", 6)])
+def test_a_budget_must_be_beyond_the_step_that_is_resumed(
+    resume: str, step: int | None, tmp_path: Path
+) -> None:
+    begin(tmp_path)
+    for name in ("6", "9"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    config = run(tmp_path, resume=resume, overwrite_schedule=True)[0]
+    if step is None:
+        assert holds_run(config, DERIVED | {"total_steps": 5})
+        return
+    with pytest.raises(UserError, match=f"is already at step {step}, past the 5 steps"):
+        holds_run(config, DERIVED | {"total_steps": 5})
+
+
+def test_a_directory_without_permission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for missing in (os.W_OK, os.X_OK):
+        monkeypatch.setattr(
+            os,
+            "access",
+            lambda path, mode, missing=missing: path == tmp_path and not mode & missing,
+        )
+        with pytest.raises(UserError, match=f"cannot be written: no permission for {tmp_path}"):
+            check_output(run(tmp_path / "new")[0])
+    monkeypatch.setattr(os, "access", lambda path, mode: path == tmp_path)
+    assert not check_output(run(tmp_path / "new")[0])
+
+
+WSD = {"scheduler": "wsd", "warmup_steps": 10, "decay_ratio": 0.5, "max_steps": 100}
+
+
+@pytest.mark.parametrize(
+    ("step", "flags", "derived", "message"),
+    [
+        (30, {}, {}, None),
+        (30, {}, {"total_steps": 1}, None),  # its own length is that of the decay
+        (40, {}, {}, "has no checkpoint of that step. Saved steps: 3, 30, 80."),
+        (3, {}, {}, "--decay_from 3: at this step the learning rate of the run in "),
+        (80, {}, {}, "--decay_from 80: at this step the learning rate of the run in "),
+        (30, {"seed": 1}, {}, "has another run: --seed was 42 and is 1. Repeat the flags"),
+        (30, {}, {"data": "xyz"}, "has another run: the training data changed. Repeat the flags"),
+        (30, {"output": "no"}, {}, "continues a run, but --output no has none. Repeat the flags"),
+    ],
+)
+def test_a_run_is_decayed_from_a_checkpoint_of_its_peak(
+    step: int, flags: dict[str, str], derived: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    begin(tmp_path / "run", **WSD)
+    for name in ("30", "80"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+    config, _ = resolve(
+        {"model": "haiku", "output": str(tmp_path / "run"), **WSD, "decay_from": step, **flags}
+    )
+    if message is None:
+        assert not check_output(config, DERIVED | derived)
+        return
+    with pytest.raises(UserError) as refused:
+        check_output(config, DERIVED | derived)
+    assert message in str(refused.value)
+
+
+def test_a_run_that_is_fetched_is_compared_too(tmp_path: Path) -> None:
+    begin(tmp_path / "there")
+
+    def fetch(path: Path) -> None:
+        shutil.copytree(tmp_path / "there", path, dirs_exist_ok=True)
+
+    config = run(tmp_path / "here")[0]
+    with pytest.raises(UserError, match="holds another run: the training data changed"):
+        open_run_directory(config, DERIVED | {"data": "xyz"}, fetch=fetch)
+    shutil.rmtree(tmp_path / "here")
+    directory = open_run_directory(config, DERIVED, fetch=fetch)
+    directory.close()
+    assert directory.holds_run
+
+
+@pytest.mark.parametrize("sees_it", [True, False])
+def test_other_processes_wait_until_they_see_the_directory_of_the_first(
+    sees_it: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(tmp_path)
+    record, now, seen = RunRecord.new(), [100.0], iter(["", "old", "own"])
+
+    def sleep(seconds: float) -> None:
+        assert seconds < 1
+        now[0] += 1.0
+
+    monkeypatch.setattr(opening.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(opening.time, "sleep", sleep)
+    monkeypatch.setattr(opening, "read_holder", lambda _: next(seen) if sees_it else "")
+    first = Mock(spec=ProcessGroup, gather=lambda own: [json.dumps([True, "own", asdict(record)])])
+    monkeypatch.setattr(opening, "current_process_group", lambda: first)
+    if not sees_it:
+        with pytest.raises(UserError, match="is not the same directory here as in process 0"):
+            open_run_directory(run(tmp_path)[0], DERIVED, write=False)
+        assert 119 < now[0] < 123
+        return
+    directory = open_run_directory(run(tmp_path)[0], DERIVED, write=False)
+    monkeypatch.undo()
+    assert (directory.holds_run, directory.record, directory.lock) == (True, record, None)
+    assert not directory.is_adopted
+
+
 def test_other_processes_change_nothing(tmp_path: Path) -> None:
     config, _ = run(tmp_path / "run")
     assert not holds_run(config, write=False)
     assert not (tmp_path / "run").exists()
     begin(tmp_path / "run")
+    known = open_run_directory(config, DERIVED, write=False).record
+    assert known == RunRecord.read(tmp_path / "run")
     holds_run(replace(config, saving=replace(config.saving, overwrite=True)), write=False)
     assert (tmp_path / "run" / "config.yaml").exists()
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from consyn_jax.training.checkpointing.ownership import (
 )
 from consyn_jax.training.logging.metrics import MetricsLog
 from consyn_jax.training.run.directory import RunDirectory
-from consyn_jax.training.run.lock import LOCK
+from consyn_jax.training.run.live_report import read_samples
+from consyn_jax.training.run.lock import LOCK, read_holder
 from consyn_jax.training.run.opening import open_run_directory
 
 
@@ -70,7 +72,7 @@ def test_without_run_json_the_identity_of_the_newest_checkpoint_counts(tmp_path:
     (tmp_path / "checkpoints" / "3" / "run.json").write_text('{"step": 3, "run": "abc"}')
     directory = opened(tmp_path)
     assert directory.record.run == "abc"
-    assert not directory.record.owns(None, 3)
+    assert not directory.record.owns(None, 0)
     directory.close()
 
 
@@ -258,3 +260,34 @@ def test_overwrite_removes_links_and_what_they_point_at_stays(tmp_path: Path) ->
     open_run_directory(run(path, overwrite=True)[0], DERIVED).close()
     assert (outside / "kept").read_text() == "theirs"
     assert not (path / "best").is_symlink()
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    RUN_JSON: lambda file: RunRecord.read(file.parent),
+    "record.json": record_in,
+    LOCK: lambda file: read_holder(file.parent),
+    "samples.jsonl": read_samples,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_reader_follows_a_link(name: str, tmp_path: Path) -> None:
+    outside, place = tmp_path / "outside", tmp_path / "run"
+    place.mkdir()
+    record = {"run": "abc", "start": "x", "unsigned_until": -1}
+    outside.write_text(json.dumps(record) + "\n")
+    (place / name).symlink_to(outside)
+    nothing: dict[str, object] = {"record.json": {}, LOCK: ""}
+    if name == RUN_JSON:
+        with pytest.raises(UserError, match=r"run\.json cannot be read: "):
+            READERS[name](place / name)
+    elif name == "samples.jsonl":
+        lines, fault = read_samples(place / name)
+        assert (lines, fault[:15]) == ([], "cannot be read ")
+    else:
+        assert READERS[name](place / name) == nothing[name]
+
+
+def test_a_record_that_is_no_object_is_empty(tmp_path: Path) -> None:
+    (tmp_path / RUN_JSON).write_text("[1]")
+    assert record_in(tmp_path / RUN_JSON) == {}
