@@ -13,6 +13,7 @@ from consyn_jax.model.pretrained.config_json import (
     FAMILIES,
     family_of,
     from_hf_config,
+    read_config,
     to_hf_config,
     with_generation_config,
 )
@@ -60,8 +61,20 @@ def test_a_layout_that_is_asked_for_is_used_and_no_wrong_one_is(name: str) -> No
     for other in FAMILIES:
         chosen = replace(config, files=FileFormat(model_type=other))
         hf = to_hf_config(chosen)
-        assert hf["model_type"] in (other, FAMILIES[name.split()[0]].model_type)
+        own = FAMILIES[name.split()[0]].model_type
+        assert hf["model_type"] == (other if FAMILIES[other].holds(config) else own)
         assert replace(from_hf_config(hf, "config.json"), files=config.files) == config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_that_a_file_lacks_have_the_values_of_transformers(name: str) -> None:
+    assert from_hf_config(SIZES | {"model_type": name}, "here").files.model_type == name
+
+
+def test_a_new_file_has_the_keys_that_transformers_need() -> None:
+    hf = to_hf_config(LAYOUTS["llama tied"][0])
+    assert (hf["hidden_act"], hf["use_cache"], hf["torch_dtype"]) == ("silu", True, "float32")
+    assert "dtype" not in hf
 
 
 def test_a_model_that_no_layout_holds_is_refused_before_training() -> None:
@@ -194,6 +207,10 @@ def test_a_directory_without_config_json_is_refused(tmp_path: Path) -> None:
         '{"max_new_tokens": 1e999}',
         '{"top_k": 1.5}',
         '{"top_p": true}',
+        '{"max_new_tokens": 2147483648}',
+        '{"eos_token_id": 2147483648}',
+        '{"temperature": 2147483648}',
+        '{"top_k": -2147483649}',
     ],
 )
 def test_a_generation_config_of_a_stranger_is_refused(text: Any) -> None:
@@ -203,3 +220,27 @@ def test_a_generation_config_of_a_stranger_is_refused(text: Any) -> None:
         match=r"^here (has|is not) .*(Put a .*number.* there|Replace it by a good copy)\.$",
     ):
         with_generation_config(config, text, "here")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"eos_token_id": [2, 3], "max_new_tokens": 0, "top_k": null, "other": "text"}',
+        '{"eos_token_id": 2147483647, "max_new_tokens": 2147483647}',
+        '{"top_k": -2147483648, "temperature": -2147483648.0, "top_p": 0.5, "min_p": 1}',
+    ],
+)
+def test_a_generation_config_in_bounds_is_kept(text: str) -> None:
+    config = LAYOUTS["llama tied"][0]
+    assert with_generation_config(config, text, "here").generation_config == text
+
+
+def test_a_generation_config_is_read_from_a_directory_only(model: Path) -> None:
+    text = '{"top_k": 7, "eos_token_id": [2, 3]}'
+    (model / "generation_config.json").write_text(text)
+    assert read_config(model).generation_config == text
+    alone = read_config(model / "config.json")
+    assert (alone.generation_config, alone.num_layers) == (None, 2)
+    (model / "generation_config.json").unlink()
+    assert read_config(model) == alone

@@ -16,6 +16,7 @@ from consyn_jax.errors import UserError
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.pretrained import inspection
 from consyn_jax.model.pretrained.inspection import read_checkpoint
+from consyn_jax.model.pretrained.safetensors_files import Header
 from consyn_jax.model.pretrained.weights import find_model, load_parameters, save_parameters
 
 Tensors = dict[str, np.ndarray]
@@ -200,3 +201,25 @@ def test_config_json_stays_as_it_came_but_for_what_changes(model: Path) -> None:
     assert (found["max_position_embeddings"], found["pad_token_id"]) == (128, 5)
     assert (found["initializer_range"], found["eos_token_id"]) == (0.01, [257, 258])
     assert read_checkpoint(model / "changed").rope_scaling == trained.config.rope_scaling
+
+
+def test_the_type_of_most_elements_is_the_type_of_a_model() -> None:
+    """And not that of most tensors."""
+    found = {
+        "a": Header("BF16", (4, 4)),
+        "b": Header("F32", (3,)),
+        "c": Header("BF16", (2, 2)),
+        "d": Header("F32", (16,)),
+        "e": Header("F32", (2,)),
+        "f": Header("F16", ()),
+    }
+    assert inspection._dtypes(found) == (
+        "float32",
+        ("a=bfloat16", "c=bfloat16", "f=float16"),
+    )
+
+
+def test_tensors_of_another_type_are_listed(model: Path) -> None:
+    damage(model, lambda t: t.update({Q: t[Q].astype(ml_dtypes.bfloat16)}))
+    files = read_checkpoint(model).files
+    assert (files.dtype, files.other_dtypes) == ("float32", (f"{Q}=bfloat16",))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layouts import LAYOUTS, random_params
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from consyn_jax.distributed.mesh import build_mesh
@@ -15,10 +16,16 @@ from consyn_jax.errors import UserError
 from consyn_jax.model.lora import adapter_layout, merged
 from consyn_jax.model.parameters import Params
 from consyn_jax.model.pretrained.inspection import read_checkpoint
-from consyn_jax.model.pretrained.peft_files import Base, load_adapter, save_adapter
+from consyn_jax.model.pretrained.peft_files import (
+    Base,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from consyn_jax.model.pretrained.safetensors_files import weights_hash
 from consyn_jax.model.pretrained.weights import load_parameters, save_parameters
 from consyn_jax.model_config import LoraOptions, ModelConfig
+from consyn_jax.training.run.model_files import AdapterOnly
 
 OPTIONS = LoraOptions(lora_rank=3, lora_alpha=5.0)
 
@@ -56,7 +63,8 @@ def test_an_adapter_is_read_onto_the_devices_that_train_it(tmp_path: Path) -> No
     """As a run with --load_best_model_at_end reads its best/."""
     config, _, adapter = written(tmp_path, "llama tied")
     mesh = build_mesh({"data": 1, "fsdp": 4, "context": 1, "tensor": 2})
-    found = load_adapter(tmp_path / "adapter", config, OPTIONS, mesh)
+    files = AdapterOnly(OPTIONS, Base(str(tmp_path / "base")))
+    found = files.load(tmp_path / "adapter", config, mesh)
     jax.tree.map(np.testing.assert_array_equal, found, adapter)
     for leaf, place in zip(
         jax.tree.leaves(found),
@@ -65,6 +73,85 @@ def test_an_adapter_is_read_onto_the_devices_that_train_it(tmp_path: Path) -> No
     ):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_writes_its_adapter_in_a_type_of_its_own(dtype: str, tmp_path: Path) -> None:
+    """Whatever the type of the base is."""
+    config = LAYOUTS["llama tied"][0].saved_as("float16")
+    files = AdapterOnly(OPTIONS, Base("owner/name@abc", "a hash"), dtype)
+    place = tmp_path / "new" / "best"
+    for _ in range(2):
+        files.save(place, config, random_adapter(config))
+    with safe_open(place / "adapter_model.safetensors", framework="numpy") as file:
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert types == {{"float32": "F32", "bfloat16": "BF16"}[dtype]}
+    read = read_adapter(place)
+    assert read.base == Base("owner/name@abc", "a hash")
+    written = json.loads((place / "adapter_config.json").read_text())
+    expected = {
+        "base_model_name_or_path": "owner/name",
+        "revision": "abc",
+        "r": 3,
+        "lora_alpha": 5,
+        "lora_dropout": 0.0,
+        "rank_pattern": {},
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    assert written | expected == written
+    assert "owner/name" in (place / "README.md").read_text().splitlines()[1]
+
+
+@pytest.mark.parametrize(("base", "revision"), [("/a/model@home", None), (None, None)])
+def test_a_directory_has_no_revision(
+    base: str | None, revision: str | None, tmp_path: Path
+) -> None:
+    config = LAYOUTS["llama tied"][0]
+    save_adapter(tmp_path, config, random_adapter(config), OPTIONS, Base(base))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == (base, revision)
+    assert read_adapter(tmp_path).base == Base(base)
+
+
+def test_an_adapter_may_have_rank_1_or_any_alpha(tmp_path: Path) -> None:
+    options = LoraOptions(lora_rank=1, lora_alpha=0.5)
+    written(tmp_path, "llama tied", options)
+    found = read_adapter(tmp_path / "adapter")
+    assert {change.scale for change in found.changes.values()} == {0.5}
+
+
+def test_the_rank_of_rslora_counts_by_its_root(tmp_path: Path) -> None:
+    written(tmp_path, "llama tied")
+    changed(tmp_path, use_rslora=True, alpha_pattern={"q_proj": 7.0, "x*a*b*": 1.0})
+    scales = {n: c.scale for n, c in read_adapter(tmp_path / "adapter").changes.items()}
+    for name, scale in scales.items():
+        alpha = 7.0 if name.endswith("q_proj.weight") else 5.0
+        assert scale == pytest.approx(alpha / 3**0.5)
+    changed(tmp_path, alpha_pattern={"x*a*b*c*": 1.0})
+    with pytest.raises(UserError, match="repeats too much"):
+        read_adapter(tmp_path / "adapter")
+
+
+def test_settings_that_change_the_computation_are_supported_in_their_plain_form(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path, "llama tied")
+    original = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    switches = ("use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "use_bdlora")
+    plain = dict.fromkeys(switches, (False, None)) | {"init_lora_weights": (True, False, None)}
+    for key, allowed in plain.items():
+        for value in allowed:
+            changed(tmp_path, **{key: value})
+            assert read_adapter(tmp_path / "adapter").changes
+        changed(tmp_path, **{key: "loftq" if key == "init_lora_weights" else True})
+        with pytest.raises(UserError, match=f"is an adapter with {key} "):
+            read_adapter(tmp_path / "adapter")
+        (tmp_path / "adapter" / "adapter_config.json").write_text(original)
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from layouts import LAYOUTS, random_params
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from consyn_jax.distributed.mesh import build_mesh
 from consyn_jax.model import ConsynLMHeadModel
 from consyn_jax.model.pretrained import safetensors_files
-from consyn_jax.model.pretrained.weights import load_parameters, save_parameters
+from consyn_jax.model.pretrained.tensors import Part
+from consyn_jax.model.pretrained.weights import save_parameters
+from consyn_jax.training.run.model_files import WholeModel
 
 IDS = np.random.default_rng(1).integers(0, 259, (2, 24))  # longer than the window
 
@@ -130,6 +133,11 @@ def test_a_smaller_model_leaves_no_shards_of_a_larger_one(
             config, jax.tree.map(jnp.zeros_like, model.parameters)
         ).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     np.testing.assert_array_equal(
         ConsynLMHeadModel.from_pretrained(tmp_path).parameters["norm"], model.parameters["norm"]
     )
@@ -152,11 +160,29 @@ def test_each_device_reads_only_its_part(tmp_path: Path) -> None:
     params = random_params(config)
     save_parameters(tmp_path, config, params)
     mesh = build_mesh({"data": 1, "fsdp": 2, "context": 2, "tensor": 2})
-    loaded = load_parameters(tmp_path, config, mesh)
+    loaded = WholeModel().load(tmp_path, config, mesh)
     assert loaded["layers"]["gate"].addressable_shards[0].data.shape == (2, 16, 24)
     jax.tree.map(np.testing.assert_array_equal, loaded["layers"], params["layers"])
     np.testing.assert_array_equal(loaded["output"][:259], params["output"][:259])
-    save_parameters(tmp_path / "again", config, loaded)
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (
-        tmp_path / "model.safetensors"
-    ).read_bytes()
+    WholeModel().save(tmp_path / "once" / "again", config, loaded)
+    again = tmp_path / "once" / "again" / "model.safetensors"
+    assert again.read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    with safe_open(again, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_rows_that_pad_the_vocabulary_are_not_read() -> None:
+    """A device may have only such rows."""
+    data = np.arange(5.0 * 3).reshape(5, 3)
+    part = Part(("embedding",), None, (5, 3), (12, 3))
+
+    def read(rows: slice, columns: slice | None) -> np.ndarray:
+        assert 0 <= rows.start <= rows.stop <= 5
+        assert columns is not None
+        return data[rows, columns]
+
+    padded = np.pad(data, [(0, 7), (0, 0)])
+    for start in range(0, 12, 4):
+        for columns in (slice(0, 3), slice(1, 2)):
+            found = part.read(read, (slice(start, start + 4), columns))
+            np.testing.assert_array_equal(found, padded[start : start + 4, columns])
