@@ -58,7 +58,7 @@ class Findings:
     def is_regular(self, kind: str, path: Path) -> bool:
         """Return whether a path is a regular file or a directory; if not, add a finding."""
         if (stray := irregular(path, inside=False)) is not None:
-            self.differs.append(f"{kind}: {path} is {stray[1]}, and is not read")
+            self.differs.append(f"{kind}: {path} is {stray[1]}, so it is not read")
         return stray is None
 
     def files(self, kind: str, faults: Iterable[str], count: int, what: str) -> None:

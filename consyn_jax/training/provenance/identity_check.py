@@ -54,7 +54,7 @@ def _check_log(place: Path, owner: RunRecord, found: Findings) -> None:
         kind.append(f"identity: {log} does not exist")
         return
     if log.is_file() and is_hollow(log):
-        found.differs.append(f"identity: {log} is a large sparse file, and is not read")
+        found.differs.append(f"identity: {log} is a large sparse file, so it is not read")
         return
     lines = read_metrics(log)
     check_log(log, lines, owner)

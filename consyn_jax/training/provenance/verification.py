@@ -100,7 +100,7 @@ def verify_directory(place: Path) -> Findings:
     """Compare a run, one of its checkpoints, or an exported model with its records.
 
     A part that cannot be read becomes one finding, and the other parts are still compared. A link,
-    a pipe or a device becomes a finding, too, and is not read.
+    a pipe or a device becomes a finding, too, so it is not read.
 
     Raises:
         UserError: The directory is neither a run, nor a checkpoint, nor a model.
@@ -146,7 +146,7 @@ def _check_run(place: Path, facts: dict[str, Any] | None, found: Findings) -> No
         if name not in READ:
             # Weights & Biases creates links in its directory.
             for path, kind in all_irregular(place / name, inside=name != "wandb"):
-                found.differs.append(f"record: {path} is {kind}, and is not read")
+                found.differs.append(f"record: {path} is {kind}, so it is not read")
     if facts is not None and found.is_regular("configuration", place / CONFIG):
         with found.checking("configuration", place / CONFIG):
             _check_configuration(place / CONFIG, facts["configuration"], found)

@@ -13,6 +13,7 @@ from consyn_jax.model.pretrained.config_json import (
     FAMILIES,
     family_of,
     from_hf_config,
+    read_config,
     to_hf_config,
     with_generation_config,
 )
@@ -233,3 +234,13 @@ def test_a_generation_config_of_a_stranger_is_refused(text: Any) -> None:
 def test_a_generation_config_in_bounds_is_kept(text: str) -> None:
     config = LAYOUTS["llama tied"][0]
     assert with_generation_config(config, text, "here").generation_config == text
+
+
+def test_a_generation_config_is_read_from_a_directory_only(model: Path) -> None:
+    text = '{"top_k": 7, "eos_token_id": [2, 3]}'
+    (model / "generation_config.json").write_text(text)
+    assert read_config(model).generation_config == text
+    alone = read_config(model / "config.json")
+    assert (alone.generation_config, alone.num_layers) == (None, 2)
+    (model / "generation_config.json").unlink()
+    assert read_config(model) == alone

@@ -217,3 +217,9 @@ def test_the_type_of_most_elements_is_the_type_of_a_model() -> None:
         "float32",
         ("a=bfloat16", "c=bfloat16", "f=float16"),
     )
+
+
+def test_tensors_of_another_type_are_listed(model: Path) -> None:
+    damage(model, lambda t: t.update({Q: t[Q].astype(ml_dtypes.bfloat16)}))
+    files = read_checkpoint(model).files
+    assert (files.dtype, files.other_dtypes) == ("float32", (f"{Q}=bfloat16",))

@@ -160,12 +160,12 @@ def test_links_and_pipes_are_named_and_all_else_is_compared(tmp_path: Path) -> N
     (run / "final" / "link").symlink_to(outside / "run.json")
     found = verify_directory(run)
     assert sorted(found.differs) == [
-        f"configuration: {run / 'config.yaml'} is a pipe, and is not read",
-        f"record: {run / 'logs/events'} is a link, and is not read",
-        f"tokenizer: {run / 'tokenizer/more'} is a link, and is not read",
-        f"tokenizer: {run / 'tokenizer/pipe'} is a pipe, and is not read",
-        f"weights: {run / 'best'} is a link, and is not read",
-        f"weights: {run / 'checkpoints/4'} is a link, and is not read",
+        f"configuration: {run / 'config.yaml'} is a pipe, so it is not read",
+        f"record: {run / 'logs/events'} is a link, so it is not read",
+        f"tokenizer: {run / 'tokenizer/more'} is a link, so it is not read",
+        f"tokenizer: {run / 'tokenizer/pipe'} is a pipe, so it is not read",
+        f"weights: {run / 'best'} is a link, so it is not read",
+        f"weights: {run / 'checkpoints/4'} is a link, so it is not read",
         f"weights: {run / 'final/link'} is not in consyn_manifest.json",
     ]
     assert [line.partition(":")[0] for line in found.agrees] == [
@@ -249,11 +249,11 @@ def changed(file: Path, **values: Any) -> None:
         ),
         (
             lambda run: os.truncate(run / "tokenizer/t.json", 1 << 40),
-            ["tokenizer: RUN/tokenizer/t.json is a large sparse file, and is not read"],
+            ["tokenizer: RUN/tokenizer/t.json is a large sparse file, so it is not read"],
         ),
         (
             lambda run: os.truncate(run / "metrics.jsonl", 1 << 40),
-            ["identity: RUN/metrics.jsonl is a large sparse file, and is not read"],
+            ["identity: RUN/metrics.jsonl is a large sparse file, so it is not read"],
         ),
         (
             lambda run: (run / "checkpoints/2").rename(run / "checkpoints/20"),
