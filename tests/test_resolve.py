@@ -239,7 +239,8 @@ def test_another_model_takes_the_place_of_the_files_with_its_recipe(optimizer: s
     whole = flat(resolve({"model": "haiku", **chosen})[0])
     expected, _ = resolve({"model": "stanza", **chosen})
     assert resolve({"model": "stanza"}, whole)[0] == expected
-    assert resolve({"--model": "stanza"}, whole)[0] == expected
+    tuned = flat(resolve({"checkpoint": "there"})[0])
+    assert values({"--model": "haiku"}, tuned)["checkpoint"] is None
     assert values({"model": "haiku"}, whole) == values({}, whole)
     narrow = flat(resolve({"model": "haiku", "mlp_dim": 256, "lr": 0.02, "optimizer": "adamw"})[0])
     other = resolve({"model": "stanza"}, narrow)[0]
