@@ -95,7 +95,7 @@ def outcomes(deed: str, by: int, count: int = 3, run: str = "") -> list[tuple[in
     return found
 
 
-@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize("by", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("deed", "words", "run"),
     [("die", "is gone", ""), ("freeze", "has sent no heartbeat for N s", "overwritten")],

@@ -45,6 +45,7 @@ def test_a_run_is_the_base_with_its_adapter(run: Path) -> None:
     assert not np.allclose(find_source(run, 2).parameters()["layers"]["q"], params["layers"]["q"])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_when_asked(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -209,6 +209,7 @@ HURRY = ["--rendezvous_seconds", "4"]
 ONE_GPU = "import consyn_jax.distributed.launch as launch\nlaunch.visible_gpus = lambda: ['0']\n"
 
 
+@pytest.mark.slow
 def test_a_wrong_launch_ends_each_process_with_one_sentence(
     nursery: Nursery,
     corpus: Path,

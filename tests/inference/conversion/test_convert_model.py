@@ -203,6 +203,7 @@ def test_what_is_not_finite_is_not_converted(convert: Convert, model: Path) -> N
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_card_says_what_the_model_is(convert: Convert, run: Path, model: Path) -> None:
     assert convert(run, "--license", "apache-2.0", "--output", "out")[0] == 0
     card = Path("out/README.md").read_text()
