@@ -1,6 +1,5 @@
 """Eight CPU devices for every test, where the shared data is, and what makes the tests quick."""
 
-import gc
 import importlib.util
 import os
 import platform
@@ -53,9 +52,6 @@ settings.load_profile("plain")
 
 DATA = Path(os.environ.get("CONSYN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-
-# Python looks for unused cycles less often: with the usual limits that takes an eighth of the time.
-gc.set_threshold(100_000, 20, 20)
 
 # `nohup pytest &` hands on an ignored SIGINT, which processes that tests start would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,13 +108,6 @@ def shared_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return DATA
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_objects() -> None:
-    """Leave what earlier modules keep, mostly JAX's caches, out of the search for unused cycles."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
