@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import jax
 import pytest
 
 from consyn_jax.config import RunConfig, architecture
@@ -86,8 +87,13 @@ def run_apart(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def dumping(place: Path) -> str:
-    """XLA's flags to write a program and its kernels' code; the latter on request from JAX 0.12 on."""
-    return f"--xla_dump_to={place} --xla_dump_emitter_re=.*"
+    """XLA's flags to write a program and its kernels' code.
+
+    From JAX 0.12 on, the code is written on request only. Before, the request also writes stacks
+    for each kernel, which takes minutes.
+    """
+    is_new = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
+    return f"--xla_dump_to={place}" + " --xla_dump_emitter_re=.*" * is_new
 
 
 class Dumped(NamedTuple):
