@@ -325,20 +325,27 @@ def _zeros(*shape: int) -> Any:
     )
 
 
-def _product(shape: tuple[int, int], a: Any, b: Any, meanwhile: Any = lambda: None) -> Any:
-    """Multiply a by the transpose of b, both in shared memory."""
-
-    def multiply(accumulator: Any) -> Any:
-        plgpu.wgmma(accumulator, a, plgpu.transpose_ref(b, (1, 0)))
-        meanwhile()
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+def _transposed(ref: Any) -> Any:
+    return plgpu.transpose_ref(ref, (1, 0))
 
 
-def _plus_product(accumulator: Any, a: Any, b: Any) -> Any:
-    """Add the product of a, in registers, and b, in shared memory."""
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(accumulator))
+def _weights_and_gradients(shape: Any, scores: Any, gradients: Any, weights_of: Any) -> Any:
+    """Compute the softmax weights of a block, and the gradients of these weights.
+
+    Both products begin at once, and the weights are computed while the second one is under way.
+
+    Args:
+        scores, gradients: The operands [ROWS, H] and [step, H] of each product, in shared memory.
+        weights_of: Returns the weights that belong to scores.
+    """
+
+    def multiply(first: Any, second: Any) -> Any:
+        for accumulator, (a, b) in ((first, scores), (second, gradients)):
+            plgpu.wgmma(accumulator, a, _transposed(b))
+        weights = weights_of(plgpu.wgmma_accumulator_load(first, wait_n=1))
+        return weights, second[...]
+
+    return pl.run_scoped(multiply, *[plgpu.ACC(shape, jnp.float32)] * 2)
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -396,7 +403,12 @@ def _forward_kernel(
             seen = (keys >= _along(first_key, shape, 0)) & (keys <= queries)
             return jnp.where(seen, scores, NEVER)
 
-        scores = _product(shape, q_smem, k_smem, take_turn)
+        def multiply(accumulator):
+            plgpu.wgmma(accumulator, q_smem, _transposed(k_smem))
+            take_turn()
+            return accumulator[...]
+
+        scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
         plgpu.barrier_arrive(k_consumed)
         scores = at.masked(scores, j, mask)
         new_top = jnp.maximum(top, scores.max(axis=1))
@@ -408,7 +420,7 @@ def _forward_kernel(
         # The softmax is complete before the turn passes.
         acc, total, top, weights = jax.lax.optimization_barrier((acc, total, new_top, weights))
         take_turn()
-        acc = _plus_product(acc, weights, v_smem)
+        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem))(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(v_consumed)
         return acc, total, top, first_key
 
@@ -466,12 +478,15 @@ def _queries_kernel(
             seen = (keys >= _along(first_key, shape, 0)) & (keys <= queries)
             return jnp.where(seen, scores, NEVER)
 
-        scores = at.masked(_product(shape, q_smem, k_smem), j, mask)
-        weights = jnp.exp2(scores * scale - _along(log_sum, shape, 0))
-        dweights = _product(shape, dout_smem, v_smem)
+        def weights_of(scores):
+            return jnp.exp2(at.masked(scores, j, mask) * scale - _along(log_sum, shape, 0))
+
+        weights, dweights = _weights_and_gradients(
+            shape, (q_smem, k_smem), (dout_smem, v_smem), weights_of
+        )
         plgpu.barrier_arrive(v_consumed)
-        dscores = weights * (dweights - _along(correction, shape, 0))
-        dq = _plus_product(dq, dscores.astype(k_smem.dtype), k_smem)
+        dscores = (weights * (dweights - _along(correction, shape, 0))).astype(k_smem.dtype)
+        dq = pl.run_state(lambda ref: plgpu.wgmma(ref, dscores, k_smem))(plgpu.ACC.init(dq))
         plgpu.barrier_arrive(k_consumed)
         return dq, log_sum, correction, first_key
 
@@ -506,7 +521,6 @@ def _keys_kernel(
     shape = (ROWS, reading.step)
     for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
         plgpu.copy_gmem_to_smem(ref.at[at.row, at.rows, at.head], smem, arrived)
-    last_query = _per_row(last_query_ref.at[at.row, at.rows])
     plgpu.barrier_wait(arrived)
 
     def block(index, q_smem, dout_smem, sum_smem, correction_smem, carry):
@@ -515,17 +529,27 @@ def _keys_kernel(
         def mask(scores):
             queries = offset_ref[0] + i * reading.step + _positions(shape, 1)
             keys = at.first + _positions(shape, 0)
+            # Not read before the loop: its registers would spill.
+            last_query = _per_row(last_query_ref.at[at.row, at.rows])
             seen = (queries >= keys) & (queries <= _along(last_query, shape, 0))
             return jnp.where(seen, scores, NEVER)
 
-        scores = at.masked(_product(shape, k_smem, q_smem), i, mask)
-        log_sum = _load(sum_smem, layout=PER_COLUMN)
-        weights = jnp.exp2(scores * scale - _along(log_sum, shape, 1))
-        dv = _plus_product(dv, weights.astype(dout_smem.dtype), dout_smem)
-        dweights = _product(shape, v_smem, dout_smem)
-        correction = _load(correction_smem, layout=PER_COLUMN)
-        dscores = weights * (dweights - _along(correction, shape, 1))
-        return _plus_product(dk, dscores.astype(q_smem.dtype), q_smem), dv
+        def weights_of(scores):
+            log_sum = _along(_load(sum_smem, layout=PER_COLUMN), shape, 1)
+            return jnp.exp2(at.masked(scores, i, mask) * scale - log_sum)
+
+        weights, dweights = _weights_and_gradients(
+            shape, (k_smem, q_smem), (v_smem, dout_smem), weights_of
+        )
+        correction = _along(_load(correction_smem, layout=PER_COLUMN), shape, 1)
+
+        def add(refs):
+            dk_ref, dv_ref = refs
+            plgpu.wgmma(dv_ref, weights.astype(dout_smem.dtype), dout_smem)
+            dscores = weights * (dweights - correction)
+            plgpu.wgmma(dk_ref, dscores.astype(q_smem.dtype), q_smem)
+
+        return pl.run_state(add)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
 
     group = q_ref.shape[2] // k_ref.shape[2]
     heads = plgpu.BlockSpec(
