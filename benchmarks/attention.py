@@ -5,9 +5,9 @@
 
 Layers of the presets in bfloat16. On an NVIDIA GPU these are compared: cuDNN's causal kernel on
 whole rows, which is the baseline for documents; cuDNN with the documents as a mask; this package's
-kernel on whole rows and on documents; XLA's operations on documents. Elsewhere only XLA's run. Each
-is first checked in one row and one group of heads against the reference in float32. TFLOP/s count
-only pairs of tokens that attend to each other.
+kernels, on Hopper both, on whole rows and on documents; XLA's operations on documents. Elsewhere
+only XLA's run. Each is first checked in one row and one group of heads against the reference in
+float32. TFLOP/s count only pairs of tokens that attend to each other.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ def contestants() -> Iterator[tuple[str, bool, Attention]]:
     yield "cuDNN, causal", False, causal_cudnn
     yield "kernel", False, fused
     yield "kernel", True, fused
+    if jax.devices()[0].compute_capability.startswith("9."):
+        hopper = partial(causal_attention, backend="hopper")
+        yield "kernel for Hopper", False, hopper
+        yield "kernel for Hopper", True, hopper
     yield "cuDNN, mask", True, masked_cudnn
     yield "XLA", True, xla
 

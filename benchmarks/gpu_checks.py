@@ -117,10 +117,12 @@ def attention(tiny: bool = False) -> dict[str, Any]:
     """
     T, B = (64, 1) if tiny else (1024, 2)
     several = documents(jnp.asarray(make_batch((1, B, T), VOCABULARY, 0, 5)["segment_ids"][0]))
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    here = jax.default_backend(), jnp.bfloat16, 128, capability, 0.0
     backends = [
         name
         for name, backend in BACKENDS.items()
-        if not backend.platforms or jax.default_backend() in backend.platforms
+        if not backend.platforms or (here[0] in backend.platforms and not backend.obstacle(*here))
     ]
     rows = []
     for backend, (head_dim, kv_heads) in product(backends, ((64, 4), (128, 2))):

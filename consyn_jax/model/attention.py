@@ -8,7 +8,7 @@ section of the sequence, and gathers the keys and values of the whole sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,10 +66,9 @@ def attention_mask(
     mask = distance_TS >= 0
     if sliding_window is not None:
         mask &= distance_TS < sliding_window
-    mask = mask[None, None]
-    return (
-        mask if first_key_BT is None else mask & (key_positions >= first_key_BT[:, None, :, None])
-    )
+    if first_key_BT is None:
+        return mask[None, None]
+    return mask[None, None] & (key_positions >= first_key_BT[:, None, :, None])
 
 
 def attend(
@@ -158,9 +157,7 @@ def _local_attention(
         k_BSKH, v_BSKH = (
             jax.lax.all_gather(x, axis_name="context", axis=1, tiled=True) for x in (k_BSKH, v_BSKH)
         )
-    drop = None
-    if dropout is not None:
-        drop = partial(_drop, dropout=dropout, kept_BNTS=kept_BNTS)
+    drop = None if dropout is None else partial(_drop, dropout=dropout, kept_BNTS=kept_BNTS)
     visible = Visible(part, T, k_BSKH.shape[1], inside, sliding_window, has_window)
     return backend.attend(q_BTNH, k_BSKH, v_BSKH, visible, drop)
 
@@ -216,21 +213,30 @@ def _masked_attention(
 
 
 def _kernel_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible, drop: Drop | None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    visible: Visible,
+    drop: Drop | None,
+    for_hopper: bool = False,
 ) -> jax.Array:
-    # Pallas takes half a second to import, and only GPUs need it
-    from consyn_jax.model.kernels.document_attention import document_attention
-
     queries_T, keys_S = visible.queries_T, visible.keys_S
     inside, window = visible.inside, visible.window
-    B = q_BTNH.shape[0]
     first_BT, last_BS = (0, keys_S.size - 1) if inside is None else inside
     if window is not None:
         first_BT = jnp.maximum(first_BT, queries_T - window + 1)
         last_BS = jnp.minimum(last_BS, keys_S + window - 1)
-    first_BT = jnp.broadcast_to(first_BT, (B, queries_T.size))
-    last_BS = jnp.broadcast_to(last_BS, (B, keys_S.size))
-    return document_attention(q_BTNH, k_BSKH, v_BSKH, first_BT, last_BS, queries_T[0])
+    first_BT = jnp.broadcast_to(first_BT, (q_BTNH.shape[0], queries_T.size))
+    last_BS = jnp.broadcast_to(last_BS, (q_BTNH.shape[0], keys_S.size))
+    given = q_BTNH, k_BSKH, v_BSKH, first_BT, last_BS, queries_T[0]
+    # Pallas takes half a second to import, and only GPUs need it
+    if for_hopper:
+        from consyn_jax.model.kernels.hopper_attention import hopper_attention
+
+        return hopper_attention(*given)
+    from consyn_jax.model.kernels.document_attention import document_attention
+
+    return document_attention(*given)
 
 
 def _splash_attention(
@@ -265,6 +271,11 @@ def _kernel_obstacle(
     )
 
 
+def _hopper_obstacle(*run: Any) -> str | None:
+    is_hopper = run[3].startswith("9.")  # its compute capability
+    return _kernel_obstacle(*run) if is_hopper else "attention for Hopper needs a Hopper GPU"
+
+
 def _splash_obstacle(
     platform: str, dtype: Any, head_dim: int, compute_capability: str, dropout: float
 ) -> str | None:
@@ -291,16 +302,12 @@ def _kernel_norms(head_dim: int) -> Norms:
 
 def _kernel_writers() -> Writers:
     """Return the kernels that write 8-bit operands."""
+    from consyn_jax.model.kernels import eight_bit_swiglu as swiglu
     from consyn_jax.model.kernels.branched_norm import branched_norm_gradients
     from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
-    from consyn_jax.model.kernels.eight_bit_swiglu import (
-        eight_bit_swiglu,
-        eight_bit_swiglu_gradients,
-    )
 
-    return Writers(
-        eight_bit_norm, branched_norm_gradients, eight_bit_swiglu, eight_bit_swiglu_gradients
-    )
+    both_ways = swiglu.eight_bit_swiglu, swiglu.eight_bit_swiglu_gradients
+    return Writers(eight_bit_norm, branched_norm_gradients, *both_ways)
 
 
 @dataclass(frozen=True)
@@ -331,16 +338,22 @@ class Backend:
     platforms: tuple[str, ...] = ()
 
 
-# Fastest first. The first backend that supports the platform and has no obstacle is used.
+FUSED = Backend(
+    _kernel_attention,
+    _kernel_obstacle,
+    "this package's kernel",
+    saved_names=(KERNEL_RESIDUALS,),
+    norms=_kernel_norms,
+    writers=_kernel_writers,
+    platforms=("gpu", "cuda"),
+)
 BACKENDS = {
-    "fused": Backend(
-        _kernel_attention,
-        _kernel_obstacle,
-        "this package's kernel",
-        saved_names=(KERNEL_RESIDUALS,),
-        norms=_kernel_norms,
-        writers=_kernel_writers,
-        platforms=("gpu", "cuda"),
+    "fused": FUSED,
+    "hopper": replace(
+        FUSED,
+        attend=partial(_kernel_attention, for_hopper=True),
+        obstacle=_hopper_obstacle,
+        description="this package's kernel for Hopper",
     ),
     "splash": Backend(
         _splash_attention,
@@ -351,9 +364,8 @@ BACKENDS = {
     ),
     "xla": Backend(_masked_attention, lambda *_: None, "XLA's operations", drops_weights=True),
 }
-
-
-NO_KERNEL = "the {} has no fused kernel"
+# Fastest first. "hopper" is not among them until a GPU shows its place (benchmarks/attention.py).
+CHOSEN = ("fused", "splash", "xla")
 
 
 class AttentionChoice(NamedTuple):
@@ -376,12 +388,15 @@ def choose_attention(
         dropout: Fraction of the attention weights that training drops.
     """
     obstacles: list[str] = []
-    for name, backend in BACKENDS.items():
+    for name in CHOSEN:
+        backend = BACKENDS[name]
         if backend.platforms and platform not in backend.platforms:
             continue
         obstacle = backend.obstacle(platform, dtype, head_dim, compute_capability, dropout)
         if obstacle is None:
-            chosen = backend.description if backend.platforms else NO_KERNEL.format(platform)
+            chosen = (
+                backend.description if backend.platforms else f"the {platform} has no fused kernel"
+            )
             return AttentionChoice(name, "; ".join(obstacles) or chosen)
         obstacles.append(obstacle)
     raise AssertionError("the last backend runs everywhere")
