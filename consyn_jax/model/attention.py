@@ -290,8 +290,7 @@ def _splash_obstacle(
 def _kernel_norms(head_dim: int) -> Norms:
     """Return the fused norm kernels.
 
-    The kernel `norm_rope` needs a `head_dim` that is a power of two and at least 16. For any other
-    `head_dim`, `norm_then_rope` takes its place.
+    Where `head_dim` is not a power of two of at least 16, `norm_then_rope` replaces `norm_rope`.
     """
     from consyn_jax.model.kernels.branched_norm import branched_norm
     from consyn_jax.model.kernels.norm_rope import norm_rope
@@ -394,9 +393,8 @@ def choose_attention(
             continue
         obstacle = backend.obstacle(platform, dtype, head_dim, compute_capability, dropout)
         if obstacle is None:
-            chosen = (
-                backend.description if backend.platforms else f"the {platform} has no fused kernel"
-            )
-            return AttentionChoice(name, "; ".join(obstacles) or chosen)
+            none = f"the {platform} has no fused kernel"
+            why = "; ".join(obstacles) or (backend.description if backend.platforms else none)
+            return AttentionChoice(name, why)
         obstacles.append(obstacle)
     raise AssertionError("the last backend runs everywhere")
