@@ -143,10 +143,6 @@ def _zeros(*shape: int) -> Any:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX if len(shape) == 2 else PER_ROW)
 
 
-def _transposed(ref: Any) -> Any:
-    return plgpu.transpose_ref(ref, (1, 0))
-
-
 def _plus_product(accumulator: Any, a: Any, b_smem: Any) -> Any:
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b_smem))(plgpu.ACC.init(accumulator))
 
@@ -192,7 +188,7 @@ def _weights_and_gradients(shape: Any, scores: Any, gradients: Any, weights_of: 
 
     def multiply(first: Any, second: Any) -> Any:
         for accumulator, (a, b) in ((first, scores), (second, gradients)):
-            plgpu.wgmma(accumulator, a, _transposed(b))
+            plgpu.wgmma(accumulator, a, b.T)
         weights = weights_of(plgpu.wgmma_accumulator_load(first, wait_n=1))
         return weights, second[...]
 
@@ -229,7 +225,7 @@ def forward(given, out_ref, log_sum_ref, q_smems, sum_smems, arrived, turn, *, s
         (acc, total, top, first_key), j = carry, at.start + index[0]
 
         def multiply(accumulator):
-            plgpu.wgmma(accumulator, q_smem, _transposed(k_smem))
+            plgpu.wgmma(accumulator, q_smem, k_smem.T)
             take_turn()
             return accumulator[...]
 
