@@ -205,8 +205,11 @@ def kernel_name(instruction: Instruction) -> str:
     target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
     if target is None:
         return ""
-    triton = "triton" in target[1]
-    own = re.search(r', name = "([^"]+)"', instruction.rest) if triton else None
+    own = None
+    if "triton" in target[1]:
+        own = re.search(r', name = "([^"]+)"', instruction.rest)
+    if "mosaic_gpu" in target[1]:
+        own = re.search(r'op_name="[^"]*/(\w+)/\w+"', instruction.rest)
     if target[1] == "tpu_custom_call":
         own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
     return (own or target)[1]
@@ -215,8 +218,8 @@ def kernel_name(instruction: Instruction) -> str:
 def kernels(program: list[Instruction]) -> dict[str, int]:
     """Count the executions of each kernel that XLA did not generate itself.
 
-    A library kernel is named by its custom-call target, and a Triton kernel by its own name. A TPU
-    kernel is named by its instruction, whose name comes from the kernel.
+    A library kernel is named by its custom-call target, and a kernel in Pallas by its own name. A
+    TPU kernel is named by its instruction, whose name comes from the kernel.
     """
     found: collections.Counter[str] = collections.Counter()
     for instruction in program:

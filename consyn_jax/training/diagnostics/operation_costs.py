@@ -20,9 +20,9 @@ _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)')
 # Number of matmuls with a [T, T] matrix in each attention kernel. The forward pass has two, for
 # scores and values. Both backward kernels recompute the scores.
 ATTENTION_MATMULS = {
-    "document_attention_forward": 2,
-    "document_attention_queries": 3,
-    "document_attention_keys": 4,
+    f"{backend}_attention_{kernel}": matmuls
+    for backend in ("document", "hopper")
+    for kernel, matmuls in (("forward", 2), ("queries", 3), ("keys", 4))
 }
 
 

@@ -1,0 +1,92 @@
+"""The step with attention in Mosaic GPU, compiled for an H200: which kernels run, and their resources."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+from recipes import STANZA, VERSE, dumped, run_apart
+
+pytestmark = pytest.mark.usefixtures("cuda_packages")
+
+CHANGES = {"num_layers": 1, "batch_size": 4, "gradient_accumulation_steps": 1}
+KERNELS = ("forward", "queries", "keys")
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+
+sys.path.insert(0, {tests!r})
+from consyn_jax.model import attention
+from consyn_jax.planning.aot import build, lower, summary
+from consyn_jax.planning.topology import parse_topology
+from recipes import recipe
+
+attention.CHOSEN = ("hopper",)
+model, run = recipe({name!r}, {changes!r})
+topology = parse_topology("h200:1x1")
+built = build(model, run, topology)
+done = lower(built, run).compile()
+print(json.dumps(asdict(summary(built, done, topology))))
+"""
+RESOURCES = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.S
+)
+
+
+class Step(NamedTuple):
+    """A compiled step: its recipe, its summary, each kernel's code and the assembler's report."""
+
+    name: str
+    summary: dict[str, Any]
+    code: dict[str, str]
+    report: dict[str, str]
+
+
+@pytest.fixture(scope="module", params=[VERSE, STANZA])
+def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
+    """One layer of a recipe's step; heads of 64 and 128."""
+    place = tmp_path_factory.mktemp("step")
+    request_dumps = {"MOSAIC_GPU_DUMP_TO": str(place)} | dict.fromkeys(
+        ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"), "1"
+    )
+    code = COMPILE.format(tests=str(Path(__file__).parent), name=request.param, changes=CHANGES)
+    with mock.patch.dict(os.environ, request_dumps):
+        summary = json.loads(run_apart(code).stdout.splitlines()[-1])
+    ptx, report = (
+        {kernel: next(place.glob(f"hopper_attention_{kernel}_*.{kind}")) for kernel in KERNELS}
+        for kind in ("ptx", "ptxas")
+    )
+    return Step(
+        request.param,
+        summary,
+        {kernel: path.read_text() for kernel, path in ptx.items()},
+        {kernel: path.read_text(errors="replace") for kernel, path in report.items()},
+    )
+
+
+def test_each_kernel_runs_once_a_layer_and_no_other_attention(step: Step) -> None:
+    found = {name: n for name, n in step.summary["kernels"].items() if "attention" in name}
+    assert found == {f"hopper_attention_{kernel}": 1 for kernel in KERNELS}
+    assert step.summary["attention"] == "hopper: this package's kernel for Hopper"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_spills_nothing_and_adds_nothing_atomically(step: Step, kernel: str) -> None:
+    resources = RESOURCES.search(step.report[kernel])
+    assert resources is not None, step.report[kernel]
+    stack, spilled, registers = map(int, resources.groups())
+    assert (stack, spilled) == (0, 0)
+    # Three warpgroups or one: a multiprocessor has 65,536 registers, and two programs that hold keys.
+    assert registers <= (255 if kernel == "keys" else 168)
+    code = step.code[kernel]
+    assert "wgmma.mma_async" in code
+    assert "cp.async.bulk.tensor" in code  # copies by TMA
+    assert re.findall(r"\b(?:atom|red)\.(?!async)\S+", code) == []
+
+
+def test_the_step_needs_no_more_memory_than_with_the_kernels_in_triton(step: Step) -> None:
+    triton = dumped(step.name, "h200").program
+    assert step.summary["temporary_bytes"] <= triton.temporary_bytes * 1.001
