@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from harness import alternate, parser, repeated, report
 
-from consyn_jax.model.attention import (
+from consyn_jax.model.attention import causal_attention
+from consyn_jax.model.kernels.reference_attention import (
     Documents,
     attend,
     attention_mask,
-    causal_attention,
     documents,
 )
 

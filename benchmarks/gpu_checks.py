@@ -26,7 +26,8 @@ from programs import make_batch, program_of
 
 from consyn_jax.cli.train import main as consyn_train
 from consyn_jax.config import architecture
-from consyn_jax.model.attention import BACKENDS, causal_attention, documents
+from consyn_jax.model.attention import BACKENDS, causal_attention
+from consyn_jax.model.kernels.reference_attention import documents
 from consyn_jax.model.parameters import initial_parameters
 from consyn_jax.resolve import resolve
 from consyn_jax.training.logging.metrics import read_metrics

@@ -37,8 +37,9 @@ from programs import CASES, TrainStep
 from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.distributed.hardware import bf16_peak
 from consyn_jax.model.arithmetic import train_flops_per_token
-from consyn_jax.model.attention import causal_attention, documents
+from consyn_jax.model.attention import causal_attention
 from consyn_jax.model.block_matmuls import swiglu
+from consyn_jax.model.kernels.reference_attention import documents
 from consyn_jax.model.linear import linear
 from consyn_jax.training.loss import LossSums, head_objective
 from consyn_jax.training.program_arguments import Extras

@@ -21,78 +21,11 @@ from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.fp8.operands import REFERENCE, Writers
+from consyn_jax.model.kernels.reference_attention import Documents, Drop, attend, attention_mask
 from consyn_jax.model.norms import NORMS, Norms, norm_then_rope
 from consyn_jax.model.rematerialisation import ATTENTION_OUTPUT, KERNEL_RESIDUALS
 
-Drop = Callable[[jax.Array], jax.Array]  # dropout of attention weights [B, K, N / K, T, S]
 NO_WINDOW = 2**30  # a window, in tokens, that is longer than any sequence
-
-
-class Documents(NamedTuple):
-    """For each token, the first and the last position of its document, within the row."""
-
-    first_BT: Int[Array, "B T"]
-    last_BT: Int[Array, "B T"]
-
-
-def documents(segment_ids_BT: Int[Array, "B T"]) -> Documents:
-    """Find the documents of each row: a new one starts wherever the segment id changes.
-
-    A segment id that reappears later in the row starts another document.
-    """
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    changes = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    starts, ends = (
-        jnp.pad(changes, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1))
-    )
-    first_BT = jax.lax.cummax(jnp.where(starts, index_T, 0), axis=1)
-    return Documents(
-        first_BT, jax.lax.cummin(jnp.where(ends, index_T, index_T.size), axis=1, reverse=True)
-    )
-
-
-def attention_mask(
-    query_positions: Int[Array, " T"],
-    key_positions: Int[Array, " S"],
-    first_key_BT: Int[Array, "B T"] | None = None,
-    sliding_window: int | Int[Array, ""] | None = None,
-) -> Bool[Array, "B 1 T S"]:
-    """Mask that is True where a query attends to a key.
-
-    The key must not come after the query, nor before the query's entry in `first_key_BT`, and must
-    be less than `sliding_window` tokens away.
-    """
-    distance_TS = query_positions[:, None] - key_positions[None, :]
-    mask = distance_TS >= 0
-    if sliding_window is not None:
-        mask &= distance_TS < sliding_window
-    if first_key_BT is None:
-        return mask[None, None]
-    return mask[None, None] & (key_positions >= first_key_BT[:, None, :, None])
-
-
-def attend(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask: Bool[Array, "#B 1 T S"],
-    drop: Drop | None = None,
-) -> Float[Array, "B T N H"]:
-    """Softmax attention with grouped heads, scores scaled by H**-0.5, and an explicit mask.
-
-    Tests compare the fused kernels with this function.
-    """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H) * H**-0.5
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    scores_BKGTS = jnp.where(mask[:, :, None], scores_BKGTS, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    if drop is not None:
-        weights_BKGTS = drop(weights_BKGTS)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
 def causal_attention(
@@ -271,9 +204,12 @@ def _kernel_obstacle(
     )
 
 
-def _hopper_obstacle(*run: Any) -> str | None:
-    is_hopper = run[3].startswith("9.")  # its compute capability
-    return _kernel_obstacle(*run) if is_hopper else "attention for Hopper needs a Hopper GPU"
+def _hopper_obstacle(
+    platform: str, dtype: Any, head_dim: int, compute_capability: str, dropout: float
+) -> str | None:
+    if not compute_capability.startswith("9."):
+        return "attention for Hopper needs a Hopper GPU"
+    return _kernel_obstacle(platform, dtype, head_dim, compute_capability, dropout)
 
 
 def _splash_obstacle(
@@ -325,6 +261,7 @@ class Backend:
         norms: Returns the norms that blocks use with this backend, given the width of a head.
         writers: Returns the functions that write 8-bit operands in blocks, for runs in fp8.
         drops_weights: Whether `attend` supports `drop`, the dropout of the attention weights.
+        tuned_on: Name and compute capability of the GPUs on which its tiles were chosen.
     """
 
     attend: Callable[..., jax.Array]
@@ -335,6 +272,13 @@ class Backend:
     writers: Callable[[], Writers] = lambda: REFERENCE
     drops_weights: bool = False
     platforms: tuple[str, ...] = ()
+    tuned_on: tuple[str, str] | None = None
+
+    def described(self, compute_capability: str) -> str:
+        """Return the description for the header, with what it means for this GPU."""
+        if self.tuned_on is None or compute_capability.startswith(self.tuned_on[1]):
+            return self.description
+        return f"{self.description}, with tiles chosen on {self.tuned_on[0]} and not on this GPU"
 
 
 FUSED = Backend(
@@ -345,6 +289,7 @@ FUSED = Backend(
     norms=_kernel_norms,
     writers=_kernel_writers,
     platforms=("gpu", "cuda"),
+    tuned_on=("Hopper", "9."),
 )
 BACKENDS = {
     "fused": FUSED,
@@ -353,6 +298,7 @@ BACKENDS = {
         attend=partial(_kernel_attention, for_hopper=True),
         obstacle=_hopper_obstacle,
         description="this package's kernel for Hopper",
+        tuned_on=None,
     ),
     "splash": Backend(
         _splash_attention,
@@ -393,8 +339,10 @@ def choose_attention(
             continue
         obstacle = backend.obstacle(platform, dtype, head_dim, compute_capability, dropout)
         if obstacle is None:
-            none = f"the {platform} has no fused kernel"
-            why = "; ".join(obstacles) or (backend.description if backend.platforms else none)
-            return AttentionChoice(name, why)
+            if backend.platforms:
+                reason = backend.described(compute_capability)
+            else:
+                reason = f"the {platform} has no fused kernel"
+            return AttentionChoice(name, "; ".join(obstacles) or reason)
         obstacles.append(obstacle)
     raise AssertionError("the last backend runs everywhere")

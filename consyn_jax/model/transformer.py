@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.mesh import constrain
-from consyn_jax.model.attention import BACKENDS, Documents, causal_attention, documents
+from consyn_jax.model.attention import BACKENDS, causal_attention
 from consyn_jax.model.block_matmuls import Matmuls, PlainMatmuls, matmuls_of
 from consyn_jax.model.dropout import (
     ATTENTION,
@@ -30,6 +30,7 @@ from consyn_jax.model.dropout import (
     drop_out,
 )
 from consyn_jax.model.embedding import lookup
+from consyn_jax.model.kernels.reference_attention import Documents, documents
 from consyn_jax.model.linear import MlpWeights, add_bias
 from consyn_jax.model.norms import rms_norm
 from consyn_jax.model.rematerialisation import BLOCK_INPUT, rematerialise

@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consyn_jax.distributed.mesh import AXES, build_mesh
-from consyn_jax.model.attention import (
-    BACKENDS,
-    attend,
-    causal_attention,
-    choose_attention,
-    documents,
-)
+from consyn_jax.model.attention import CHOSEN, causal_attention, choose_attention
+from consyn_jax.model.kernels.reference_attention import attend, documents
 
 T = 16
 SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 10, [1] * 9 + [2] * 4 + [0] * 3], np.int32)
@@ -37,7 +32,7 @@ def visible(segments: np.ndarray | None, window: int | None) -> np.ndarray:
 @pytest.mark.parametrize("context", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CHOSEN)
 @pytest.mark.usefixtures("interpreted")
 def test_each_backend_sees_exactly_the_visible_keys(
     backend: str, packed: bool, window: int | None, context: int
@@ -113,7 +108,8 @@ def test_scores_are_scaled_by_the_root_of_the_head_dim() -> None:
         ("tpu", jnp.bfloat16, 64, "", "splash", "JAX's splash attention"),
         ("rocm", jnp.bfloat16, 64, "", "xla", "the rocm has no fused kernel"),
         ("gpu", jnp.bfloat16, 64, "9.0", "fused", "this package's kernel"),
-        ("cuda", jnp.float16, 128, "8.0", "fused", "this package's kernel"),
+        ("cuda", jnp.float16, 128, "8.0", "fused", "tiles chosen on Hopper and not on this GPU"),
+        ("gpu", jnp.bfloat16, 128, "10.0", "fused", "tiles chosen on Hopper and not on this GPU"),
         (
             "gpu",
             jnp.float32,
@@ -140,3 +136,4 @@ def test_the_backend_is_chosen_with_a_reason(
     choice = choose_attention(platform, dtype, head_dim, capability)
     assert choice.backend == backend
     assert words in choice.reason
+    assert ("tiles" in choice.reason) == ("tiles" in words)

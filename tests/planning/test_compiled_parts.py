@@ -22,7 +22,8 @@ COMPILE = """
 import json
 import jax, jax.numpy as jnp
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
-from consyn_jax.model.attention import causal_attention, documents
+from consyn_jax.model.attention import causal_attention
+from consyn_jax.model.kernels.reference_attention import documents
 from consyn_jax.planning.topology import parse_topology
 from consyn_jax.training.loss import GPU_CHUNKS, head_loss
 

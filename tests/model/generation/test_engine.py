@@ -147,7 +147,7 @@ def test_buckets_waste_at_most_half() -> None:
 
 
 def test_attention_to_the_cache_is_attention_under_a_mask() -> None:
-    from consyn_jax.model.attention import attend
+    from consyn_jax.model.kernels.reference_attention import attend
 
     rng = np.random.default_rng(0)
     q, k, v = (

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from consyn_jax.model.attention import attend, attention_mask, documents
 from consyn_jax.model.kernels.document_attention import Tile, Tiles, document_attention
+from consyn_jax.model.kernels.reference_attention import attend, attention_mask, documents
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from mosaic_interpreter import interpreted
 
-from consyn_jax.model.attention import attend, attention_mask, documents
 from consyn_jax.model.kernels.hopper_attention import hopper_attention
+from consyn_jax.model.kernels.reference_attention import attend, attention_mask, documents
 
 Arrays = tuple[jax.Array, ...]
 BF16 = 4e-3  # unit roundoff 2^-9: weights, gradients of scores and results are rounded once each

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from consyn_jax.distributed.mesh import AXES, build_mesh
-from consyn_jax.model.attention import causal_attention, documents
+from consyn_jax.model.attention import causal_attention
+from consyn_jax.model.kernels.reference_attention import documents
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
