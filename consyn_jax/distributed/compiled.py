@@ -14,18 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "f8e4m3fn": 1,
-    "f8e5m2": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-}
-BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+BYTES = (
+    dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1)
+    | dict.fromkeys(("s16", "u16", "bf16", "f16"), 2)
+    | dict.fromkeys(("s32", "u32", "f32"), 4)
+    | dict.fromkeys(("s64", "u64", "f64"), 8)
+)
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
@@ -208,9 +202,9 @@ def kernel_name(instruction: Instruction) -> str:
     own = None
     if "triton" in target[1]:
         own = re.search(r', name = "([^"]+)"', instruction.rest)
-    if "mosaic_gpu" in target[1]:
+    elif "mosaic_gpu" in target[1]:
         own = re.search(r'op_name="[^"]*/(\w+)/\w+"', instruction.rest)
-    if target[1] == "tpu_custom_call":
+    elif target[1] == "tpu_custom_call":
         own = re.match(r"(.*?)(?:\.[\d.]+|\.clone)*$", instruction.name)
     return (own or target)[1]
 
