@@ -38,6 +38,7 @@ from consyn_jax.training.run.directory import CHECKPOINTS
 from consyn_jax.training.run.export import export_model
 from consyn_jax.training.run.step_end import StepEnd, interval, plan_step_end
 from consyn_jax.training.runtime.memory import compile_to_fit
+from consyn_jax.training.runtime.quiet_gpu import tune_alone
 from consyn_jax.training.runtime.watchdog import (
     COMPILING,
     EVALUATING,
@@ -100,6 +101,7 @@ class Training:
         self.stack.callback(compiler.shutdown)
         # Compile the train step while the state is created or restored.
         compiling = compiler.submit(compile_to_fit, run, self.inputs.compile_train_step)
+        tune_alone(compiling, self.path, self.console.warn)
         state = self._begin()
         # No step is left if an earlier start saved its last checkpoint but did not write the model.
         if not after_evaluation.is_over(self.progress, self.total_steps, run.evaluation):
