@@ -15,7 +15,14 @@ from consyn_jax.distributed.hardware import bf16_peak, described_gpu
 from consyn_jax.errors import UserError
 from consyn_jax.files import write_whole
 from consyn_jax.training.diagnostics.operation_costs import operation_costs
-from consyn_jax.training.diagnostics.trace import COLLECTIVES, STEP, Summary, scopes_of, summarise
+from consyn_jax.training.diagnostics.trace import (
+    COLLECTIVES,
+    STEP,
+    Least,
+    Summary,
+    scopes_of,
+    summarise,
+)
 from consyn_jax.training.runtime.watchdog import WAITING
 from consyn_jax.training.step import Batch
 from consyn_jax.validation import parse_profile_steps
@@ -55,8 +62,8 @@ class CompiledStep:
 def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str:
     """Compose the content of `summary.txt`."""
     first, last = steps
-    each, idle = summary.total_s / summary.steps, sum(summary.idle.values())
-    achieved = program.flops / each
+    step_s, idle = summary.total_s / summary.steps, sum(summary.idle.values())
+    achieved = program.flops / step_s
     possible = "the peak of this device is unknown"
     if (peak := bf16_peak(program.device_kind)) is not None:
         possible = (
@@ -64,7 +71,7 @@ def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str
         )
     together = sum(summary.parts.values())
     lines = [
-        f"Steps {first:,} to {last:,} on {summary.device}, {each * 1e3:,.1f} ms each.",
+        f"Steps {first:,} to {last:,} on {summary.device}, {step_s * 1e3:,.1f} ms each.",
         "",
         f"  busy       {summary.busy_s / summary.total_s:6.1%}",
         f"  idle       {idle / summary.total_s:6.1%}  {_idle(summary)}",
@@ -73,16 +80,17 @@ def page(summary: Summary, program: CompiledStep, steps: tuple[int, int]) -> str
         "Busy time by part of the model:",
         *(
             f"  {part:<12}{_share(spent, together, summary.steps)} per step"
-            f"{_least(summary, part, spent)}"
+            f"{_hidden_or_least(summary, part, spent)}"
             for part, spent in summary.parts.items()
         ),
         *_what_would_help(summary),
         "",
         f"The {len(summary.largest)} largest kernels:",
         *(
-            f"  {_share(spent, together, summary.steps)} in {times / summary.steps:,.0f} per step"
-            f"  {name} ({part})"
-            for name, part, spent, times in summary.largest
+            f"  {_share(each.total_s, together, summary.steps)} in "
+            f"{each.times / summary.steps:,.0f} per step{_least(each.least, summary.steps)}"
+            f"  {each.name} ({each.part})"
+            for each in summary.largest
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -92,17 +100,21 @@ def _share(spent: float, together: float, steps: int) -> str:
     return f"{spent / together:6.1%}  {spent / steps * 1e3:10,.2f} ms"
 
 
-def _least(summary: Summary, part: str, spent: float) -> str:
+def _hidden_or_least(summary: Summary, part: str, spent: float) -> str:
     """Describe the lower bound of a part's time on this device; "" if the bound is unknown.
 
     Collectives have no bound. For them, the text is the share that overlaps other operations.
     """
     if part == COLLECTIVES and summary.hidden_share is not None:
         return f"; {summary.hidden_share:.0%} of it overlaps other operations"
-    if (least := summary.least.get(part)) is None or not spent:
+    return _least(summary.least.get(part), summary.steps) if spent else ""
+
+
+def _least(least: Least | None, steps: int) -> str:
+    if least is None:
         return ""
     bound = "compute" if least.compute_s > least.memory_s else "memory"
-    return f"; at least {least.total_s / summary.steps * 1e3:,.2f} ms, bound by {bound}"
+    return f"; at least {least.total_s / steps * 1e3:,.2f} ms, bound by {bound}"
 
 
 def _what_would_help(summary: Summary) -> list[str]:

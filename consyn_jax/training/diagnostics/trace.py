@@ -20,7 +20,7 @@ COLLECTIVES, MATMULS, OTHER = "collectives", "matmuls", "other"
 # Pattern of a kernel's name -> part, for kernels whose operation is not in the trace. This happens
 # in command buffers (CUDA graphs).
 KERNELS = {
-    "document_attention": "attention",
+    "document_attention|hopper_attention": "attention",
     "softmax_gradient": "head",
     "norm_rope|branched_norm|added_norm|eight_bit_norm": "norm",
     "eight_bit_swiglu": "mlp",
@@ -36,7 +36,7 @@ CAUSES = {
 }
 BETWEEN, HOST = "between operations", "host"
 BETWEEN_NS = 20_000.0  # shorter idle times count as the launch latency of operations
-LARGEST = 3
+LARGEST = 10
 
 _SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
 _KINDS = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
@@ -93,8 +93,7 @@ class Summary:
         idle: Idle time by cause.
         parts: Busy time by part of the model, largest first. Operations that run concurrently each
             count in full.
-        largest: Operations with the longest total time: name, part, seconds and number of
-            executions.
+        largest: Operations with the longest total time.
         least: Lower bound of the time of each part, from its FLOPs and the bytes that it moves.
         hidden_share: Share of the time of collectives in which other operations ran; None without
             collectives.
@@ -106,13 +105,32 @@ class Summary:
     busy_s: float
     idle: dict[str, float]
     parts: dict[str, float]
-    largest: tuple[tuple[str, str, float, int], ...]
+    largest: tuple[LargeOperation, ...]
     least: dict[str, Least]
     hidden_share: float | None = None
 
 
+class LargeOperation(NamedTuple):
+    """An operation that takes a large share of the time.
+
+    Attributes:
+        name: Name of the operation and of its kernel.
+        part: The part of the model.
+        total_s: Time of all its executions.
+        times: Number of executions.
+        least: Lower bound of the time of all executions; None for collectives, and if the device's
+            rates or the operation's work are unknown.
+    """
+
+    name: str
+    part: str
+    total_s: float
+    times: int
+    least: Least | None
+
+
 class Least(NamedTuple):
-    """Lower bound of the time of a part of the model, in seconds.
+    """Lower bound of the time of operations, in seconds.
 
     Attributes:
         total_s: Sum over operations of the larger of compute time and memory time.
@@ -124,12 +142,12 @@ class Least(NamedTuple):
     compute_s: float
     memory_s: float
 
-    def plus(self, cost: Cost, gpu: DescribedGpu) -> Least:
-        """Add one execution of an operation."""
-        compute, memory = cost.flops / gpu.bf16_flops, cost.bytes / gpu.memory_bandwidth
-        return Least(
-            self.total_s + max(compute, memory), self.compute_s + compute, self.memory_s + memory
-        )
+    def plus(self, other: Least) -> Least:
+        """Add the bound of other operations."""
+        return Least(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+
+NOTHING = Least(0.0, 0.0, 0.0)
 
 
 def scopes_of(program: str) -> dict[str, str]:
@@ -180,6 +198,7 @@ def summarise(
     parts = defaultdict[str, float](float)
     for operation in operations:
         parts[operation.part] += operation.own
+    bounds = {} if gpu is None else _bounds(operations, costs or {}, gpu)
     return Summary(
         device,
         len(begins),
@@ -187,8 +206,8 @@ def summarise(
         _length(busy) / 1e9,
         _seconds(_idle_by_cause(_without(window, busy), host)),
         _seconds(parts),
-        _largest(operations),
-        {} if gpu is None else _least(operations, costs or {}, gpu),
+        _largest(operations, bounds),
+        _by_part(bounds),
         _hidden_share(operations),
     )
 
@@ -204,29 +223,47 @@ def _hidden_share(operations: Sequence[Operation]) -> float | None:
     return 1 - _length(exposed) / _length(collectives)
 
 
-def _largest(operations: Iterable[Operation]) -> tuple[tuple[str, str, float, int], ...]:
-    """The operations with the longest total time, in the form of `Summary.largest`."""
-    found = defaultdict[tuple[str, str], list[float]](list)
+def _largest(
+    operations: Iterable[Operation], bounds: Mapping[tuple[str, str], Least]
+) -> tuple[LargeOperation, ...]:
+    found = defaultdict[tuple[str, str, str], list[float]](list)
     for operation in operations:
-        found[operation.title, operation.part].append(operation.own)
-    largest = sorted(
-        ((name, part, sum(times) / 1e9, len(times)) for (name, part), times in found.items()),
-        key=lambda each: -each[2],
-    )
-    return tuple(largest[:LARGEST])
+        found[operation.name, operation.part, operation.title].append(operation.own)
+    large, bounded = [], set[tuple[str, str]]()
+    for (name, part, title), spent in sorted(found.items(), key=lambda each: -sum(each[1])):
+        # Of an operation with several kernels, the longest one gets the bound.
+        least = None if (name, part) in bounded else bounds.get((name, part))
+        bounded.add((name, part))
+        large.append(LargeOperation(title, part, sum(spent) / 1e9, len(spent), least))
+    return tuple(large[:LARGEST])
 
 
-def _least(
+def _bounds(
     operations: Sequence[Operation], costs: Mapping[str, Cost], gpu: DescribedGpu
-) -> dict[str, Least]:
-    """The lower bound of each part's time, except for collectives, which the network limits."""
-    least, before = dict[str, Least](), ""
+) -> dict[tuple[str, str], Least]:
+    """The lower bound of the time of each operation and part.
+
+    Collectives have none, because the network limits them.
+    """
+    least, before = dict[tuple[str, str], Least](), ""
     for operation in operations:
         # One operation may run several kernels, such as a matmul and the sum of its pieces.
         is_new, before = operation.name != before, operation.name
         if is_new and operation.name in costs and operation.part != COLLECTIVES:
-            known = least.get(operation.part, Least(0.0, 0.0, 0.0))
-            least[operation.part] = known.plus(costs[operation.name], gpu)
+            key = operation.name, operation.part
+            least[key] = least.get(key, NOTHING).plus(_once(costs[operation.name], gpu))
+    return least
+
+
+def _once(cost: Cost, gpu: DescribedGpu) -> Least:
+    compute, memory = cost.flops / gpu.bf16_flops, cost.bytes / gpu.memory_bandwidth
+    return Least(max(compute, memory), compute, memory)
+
+
+def _by_part(bounds: Mapping[tuple[str, str], Least]) -> dict[str, Least]:
+    least = dict[str, Least]()
+    for (_, part), bound in bounds.items():
+        least[part] = least.get(part, NOTHING).plus(bound)
     return least
 
 

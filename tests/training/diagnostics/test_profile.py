@@ -11,7 +11,7 @@ from jax.profiler import ProfileData
 from consyn_jax.errors import UserError
 from consyn_jax.training.diagnostics import profile
 from consyn_jax.training.diagnostics.profile import CompiledStep, Profile, page
-from consyn_jax.training.diagnostics.trace import STEP, Least, Summary
+from consyn_jax.training.diagnostics.trace import STEP, LargeOperation, Least, Summary
 from consyn_jax.validation import parse_profile_steps
 
 pytestmark = pytest.mark.users_compiler
@@ -25,7 +25,10 @@ def test_the_page_has_the_achieved_rate_and_the_shares_of_time() -> None:
         1.5,
         {"host": 0.5},
         {"mlp": 1.2, "head": 0.4, "collectives": 0.0},
-        (("fusion.7", "mlp", 0.8, 48),),
+        (
+            LargeOperation("fusion.7", "mlp", 0.8, 48, Least(0.5, 0.4, 0.45)),
+            LargeOperation("copy.3", "other", 0.1, 2, None),
+        ),
         {"mlp": Least(0.9, 0.8, 0.5), "head": Least(0.3, 0.1, 0.3)},
         0.71,
     )
@@ -38,7 +41,9 @@ def test_the_page_has_the_achieved_rate_and_the_shares_of_time() -> None:
     assert re.search(r"collectives +0.0% +0.00 ms per step; 71% of it overlaps other", text)
     assert "mlp loses the most time: 150.00 ms per step, because its matmuls run below the" in text
     assert re.search(
-        r"The 1 largest kernels:\n +50.0% +400.00 ms in 24 per step  fusion.7 \(mlp\)", text
+        r"The 2 largest kernels:\n +50.0% +400.00 ms in 24 per step; at least 250.00 ms, bound by "
+        r"memory  fusion.7 \(mlp\)\n +6.2% +50.00 ms in 1 per step  copy.3 \(other\)",
+        text,
     )
 
 

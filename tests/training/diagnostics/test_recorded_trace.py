@@ -56,4 +56,4 @@ def test_kernels_in_command_buffers_are_known_by_their_names(shared_data: Path) 
     assert sum(each_ms.values()) == pytest.approx(125.7, abs=0.1)
     assert each_ms["other"] < 0.05 * 125.7, each_ms
     assert found.device == "gpu:0"
-    assert found.largest[0][1] == "matmuls"
+    assert found.largest[0].part == "matmuls"
