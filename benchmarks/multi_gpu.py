@@ -7,56 +7,95 @@ XLA and NCCL belong to a process. In order of importance:
   which must give the same bits
 * scaling: tokens/s with the batch of one device kept (weak) and with the whole batch kept (strong)
 * exchanges: the share of their time that other operations hide, from a trace of some steps
-* settings: each against none, in turns
+* settings: each against none, in turns; also layers in a loop, and one process for each device
 
     python benchmarks/multi_gpu.py --out benchmarks/results/NAME.json  # 8 GPUs
     python benchmarks/multi_gpu.py --tiny                              # 8 simulated CPU devices
 
-One process for each GPU, and NCCL between hosts, are not among them: `srun` starts those.
+NCCL between hosts is not measured. docs/design/compiled-programs.md has the place for the results.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from harness import ROOT, child_environment, facts, parser, table, write
 
 MODEL, BATCH, STEPS, ROUNDS = "verse", 8, 10, 3
 PARITY_STEPS, TOLERANCE = 5, 2e-3  # relative; bfloat16 rounds differently on each mesh
-MESHES = ("data={n}", "fsdp={n}", "data=2,fsdp={half}", "fsdp={half},tensor=2")
+MESHES = (
+    "data={n}",
+    "fsdp={n}",
+    "data=2,fsdp={half}",
+    "fsdp={half},tensor=2",
+    "fsdp={half},context=2",
+)
 XLA = "XLA_FLAGS"
-SETTINGS: dict[str, dict[str, str]] = {
-    "default combination of reduce-scatters": {
-        XLA: "--xla_gpu_reduce_scatter_combine_threshold_bytes=31457280"
-    },
-    "reduce-scatters combined to 128 MiB": {
-        XLA: "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728"
-    },
-    "no command buffers": {XLA: "--xla_gpu_enable_command_buffer="},
-    "one queue to the device": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-    "NVLink SHARP": {"NCCL_NVLS_ENABLE": "1"},
-    "registered buffers": {XLA: "--xla_gpu_enable_nccl_user_buffers=true"},
+
+
+class Setting(NamedTuple):
+    """What differs from a default run.
+
+    Attributes:
+        environment: Variables of the processes.
+        loops: Whether the layers are in a loop, also where they would be unrolled.
+        processes: Whether each device has a process of its own.
+    """
+
+    environment: Mapping[str, str] = MappingProxyType({})
+    loops: bool = False
+    processes: bool = False
+
+
+DEFAULT = Setting()
+THRESHOLD = "--xla_gpu_reduce_scatter_combine_threshold_bytes"
+SETTINGS = {
+    "default combination of reduce-scatters": Setting({XLA: f"{THRESHOLD}=31457280"}),
+    "reduce-scatters combined to 64 MiB": Setting({XLA: f"{THRESHOLD}=67108864"}),
+    "reduce-scatters combined to 128 MiB": Setting({XLA: f"{THRESHOLD}=134217728"}),
+    "no command buffers": Setting({XLA: "--xla_gpu_enable_command_buffer="}),
+    "one queue to the device": Setting({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+    "NVLink SHARP": Setting({"NCCL_NVLS_ENABLE": "1"}),
+    "registered buffers": Setting({XLA: "--xla_gpu_enable_nccl_user_buffers=true"}),
+    "layers in a loop": Setting(loops=True),
+    "one process for each device": Setting(processes=True),
 }
 
 
 def child(request: dict[str, Any]) -> dict[str, Any]:
-    """Run steps in this process: losses, seconds, a hash of the weights, and the hidden share."""
+    """Run steps in this process: losses, seconds, a hash of the weights, and the hidden share.
+
+    Of several processes, each hashes its own parts of the weights.
+    """
     import hashlib
 
     import jax
     import numpy as np
     from programs import CASES, TrainStep
 
+    from consyn_jax.training import program
+
+    if "place" in request:
+        address, processes, number = request["place"]
+        jax.distributed.initialize(
+            address, processes, number, cluster_detection_method="deactivate"
+        )
+    if request["loops"]:
+        program.unrolls = lambda *_: False
     case = CASES[request["case"]]
     step = TrainStep(case.flags | request["flags"], case.vocab_size)
-    batches = [step.batch(seed) for seed in range(4)]
+    batches = [_placed(step, seed) for seed in range(4)]
     losses, seconds = [], []
     for number in range(request["steps"]):
         began = time.perf_counter()
@@ -64,10 +103,33 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     bits = hashlib.sha256()
     for leaf in jax.tree.leaves(step.state.params):
-        bits.update(np.asarray(leaf).tobytes())
+        for shard in leaf.addressable_shards:
+            bits.update(np.asarray(shard.data).tobytes())
     found = {"losses": losses, "weights": bits.hexdigest(), "tokens": step.tokens}
     found["step_s"] = statistics.median(seconds[len(seconds) // 2 :])
     return found | ({"hidden": _hidden(step, batches[0])} if request["traces"] else {})
+
+
+def _placed(step: Any, seed: int) -> dict[str, Any]:
+    """A batch on the devices of all processes, each of which makes the whole batch."""
+    import jax
+    import numpy as np
+    from programs import make_batch
+
+    from consyn_jax.distributed.mesh import sharding
+    from consyn_jax.training.runtime.signals import SIGNALS, is_shared, signals_like
+
+    budget, mesh = step.run.budget, step.program.mesh
+    shape = budget.gradient_accumulation_steps, budget.batch_size, step.length
+    arrays = make_batch(shape, step.vocab_size, seed)
+    where = dict.fromkeys(arrays, sharding(mesh, (None, "batch", "sequence")))
+    if is_shared(mesh):  # no process has received a signal
+        like = signals_like(mesh)
+        arrays[SIGNALS], where[SIGNALS] = np.zeros(like.shape, like.dtype), like.sharding
+    return {
+        name: jax.make_array_from_callback(values.shape, where[name], values.__getitem__)
+        for name, values in arrays.items()
+    }
 
 
 def _hidden(step: Any, batch: Any) -> float | None:
@@ -104,27 +166,32 @@ class Host:
         *,
         steps: int = STEPS,
         traces: bool = False,
-        **environment: str,
+        setting: Setting = DEFAULT,
     ) -> dict[str, Any]:
-        """Steps on the first devices; the error's last line if the process fails."""
+        """Steps on the first devices; the error's last line if a process fails."""
         flags = {"mesh": mesh, "batch_size": batch_size}
         request = {"case": self.case, "flags": flags, "steps": steps, "traces": traces}
-        visible = ",".join(map(str, range(devices)))
-        where = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        if not self.tiny:
-            where = {"CUDA_VISIBLE_DEVICES": visible}
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", json.dumps(request)],
-            env=child_environment(**where, **environment),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
+        request |= {"loops": setting.loops}
+        parts = [[i] for i in range(devices)] if setting.processes else [list(range(devices))]
+        address = f"localhost:{_free_port()}"
+        started = []
+        for number, part in enumerate(parts):
+            place = {"place": (address, len(parts), number)} if setting.processes else {}
+            command = [sys.executable, __file__, "--child", json.dumps(request | place)]
+            where = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(len(part))}
+            if not self.tiny:
+                where = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, part))}
+            environment = child_environment(**where, **setting.environment)
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            started.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
+        with ThreadPoolExecutor(len(started)) as pool:  # all pipes are read, so none fills
+            outputs = list(pool.map(subprocess.Popen.communicate, started))
+        return _first(
+            [
+                (*output, process.returncode)
+                for output, process in zip(outputs, started, strict=True)
+            ]
         )
-        if done.returncode:
-            said = done.stderr.strip().splitlines() or ["no output"]
-            return {"failed": said[-1][:300]}
-        return dict(json.loads(done.stdout.splitlines()[-1]))
 
     def meshes(self) -> list[str]:
         """The meshes of all devices."""
@@ -140,6 +207,20 @@ class Host:
         if done.returncode:
             sys.exit(f"No GPU is here: {done.stderr.strip().splitlines()[-1]}")
         return int(done.stdout)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def _first(ended: list[tuple[str, str, int]]) -> dict[str, Any]:
+    """The answer of the first process, or the last line of the first one that failed."""
+    for _, error, code in ended:
+        if code:
+            return {"failed": (error.strip().splitlines() or ["no output"])[-1][:300]}
+    return dict(json.loads(ended[0][0].splitlines()[-1]))
 
 
 def parity(host: Host) -> list[dict[str, Any]]:
@@ -192,11 +273,12 @@ def exchanges(host: Host) -> list[dict[str, Any]]:
 def settings(host: Host) -> list[dict[str, Any]]:
     """Step time with each setting against that without, in turns on fsdp."""
     mesh, rows = f"fsdp={host.devices}", []
-    for name, environment in SETTINGS.items():
+    for name, setting in SETTINGS.items():
         ratios, failed = [], ""
         for _ in range(ROUNDS if not host.tiny else 1):
             pair = [
-                host.run(host.devices, mesh, BATCH * host.devices, **e) for e in ({}, environment)
+                host.run(host.devices, mesh, BATCH * host.devices, setting=each)
+                for each in (DEFAULT, setting)
             ]
             failed = next((each["failed"] for each in pair if "failed" in each), "")
             if failed:
