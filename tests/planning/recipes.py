@@ -89,11 +89,11 @@ def run_apart(code: str) -> subprocess.CompletedProcess[str]:
 def dumping(place: Path) -> str:
     """XLA's flags to write a program and its kernels' code.
 
-    From JAX 0.12 on, the code is written on request only. Before, the request also writes stacks
-    for each kernel, which takes minutes.
+    From JAX 0.12 on, the code is written on request only. A request for more than the code also
+    writes each kernel in all stages of its compilation, which takes minutes.
     """
     is_new = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
-    return f"--xla_dump_to={place}" + " --xla_dump_emitter_re=.*" * is_new
+    return f"--xla_dump_to={place}" + " --xla_dump_emitter_re=^ptx$" * is_new
 
 
 class Dumped(NamedTuple):
