@@ -345,8 +345,8 @@ def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
     asynchronous = instruction.operation.endswith("-start")
     if asynchronous and kind in ("all-gather", "collective-permute"):
         return arrays[half : 2 * half]  # some backends add contexts after a permute's results
-    if asynchronous and kind == "reduce-scatter":
-        return arrays[:half]
+    if asynchronous and kind in ("all-reduce", "reduce-scatter"):
+        return arrays[: len(instruction.operands)]  # and then the results
     return arrays
 
 

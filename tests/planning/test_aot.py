@@ -18,7 +18,14 @@ from analyses import (
     with_length_twice,
     written_by_fusions,
 )
-from recipes import attention_calls, compiled, compiled_instructions, recipe, run_apart
+from recipes import (
+    IS_NEWEST,
+    attention_calls,
+    compiled,
+    compiled_instructions,
+    recipe,
+    run_apart,
+)
 
 from consyn_jax.config import RunConfig, architecture
 from consyn_jax.distributed.auto_mesh import FITS
@@ -237,8 +244,9 @@ def test_verse_trains_in_8_gb() -> None:
     assert program.total_bytes <= FITS * 8e9
 
 
-# The hidden shares that were seen, less a tenth. With XLA's defaults, epic's is 0.57.
-HIDDEN = {"verse-1xh200": 0.27, "stanza-8xh200": 0.65, "epic-64xh200": 0.7}
+# The hidden shares that were seen, less a tenth. With XLA's defaults, epic's is 0.57. With JAX 0.12 it
+# is 0.57 with our settings: each of the first three gathers of a block is waited for.
+HIDDEN = {"verse-1xh200": 0.27, "stanza-8xh200": 0.65, "epic-64xh200": 0.51 if IS_NEWEST else 0.7}
 ON_SEVERAL = [case for case in CASES if not case[1].endswith("1x1")]
 
 

@@ -66,6 +66,14 @@ def test_collectives_count_whole_arrays_along_mesh_axes() -> None:
     }
 
 
+def test_the_results_of_an_asynchronous_sum_are_not_communicated_again() -> None:
+    """XLA of JAX 0.12 lists them after the operands."""
+    newer = PROGRAM.replace("%norm = f32[3]{0} all", "%norm = ((f32[3]{0}), f32[3]{0}) all")
+    assert newer != PROGRAM
+    mesh = {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    assert collectives(instructions(newer), mesh) == collectives(instructions(PROGRAM), mesh)
+
+
 def test_groups_in_an_unknown_form_have_no_axes() -> None:
     assert (
         first_group("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, to_apply=%add")

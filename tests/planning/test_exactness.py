@@ -4,9 +4,12 @@ No result may depend on the order in which threads come, and a resume runs the k
 chosen first. Only a GPU shows that its libraries keep their promise of reproducible results.
 """
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -69,39 +72,74 @@ x, w = (
 print(jax.jit(jnp.matmul).lower(x, w).compile().as_text())
 keep_kernels(run)
 """
-CHOICE = "triton { block_m: 64 block_n: 32 block_k: 128 num_stages: 3 num_warps: 8 num_ctas: 1 }"
+# A file has the first message, or, from JAX 0.12 on, an entry with the second one (BackendConfig).
+CHOICE = "triton { block_m: 64 block_n: 32 block_k: 64 num_stages: 3 num_warps: 8 num_ctas: 1 }"
+TRITON = {1: 64, 2: 32, 3: 64, 5: 3, 6: 8, 7: 1}
+
+
+def message(fields: Mapping[int, int | str | bytes]) -> bytes:
+    """A protocol buffer of these fields by number; numbers and lengths are below 128."""
+    written = b""
+    for number, value in fields.items():
+        if isinstance(value, int):
+            written += bytes([number << 3, value])
+        else:
+            content = value.encode() if isinstance(value, str) else value
+            written += bytes([number << 3 | 2, len(content)]) + content
+    return written
+
+
+def choice(file: Path, log: str) -> bytes:
+    """Content of the file that XLA asks for, as XLA writes it: its AutotuneEntry since JAX 0.12."""
+    if file.suffix == ".textproto":
+        return CHOICE.encode()
+    version = re.search(r"Codegen version: (\w+)", log)
+    assert version is not None
+    target = message({1: file.parent.name, 3: file.stem})
+    key = message({1: target, 2: message({1: version[1]})})
+    config = message({1: 2, 2: message({2: message(TRITON)})})  # the backend TRITON, its settings
+    return message({1: key, 2: message({1: config})})
 
 
 def test_kept_choices_are_loaded(tmp_path: Path) -> None:
     """A choice that is in kernels.json decides the kernel on a machine with an empty cache.
 
     Without a GPU nothing is timed, so the test writes a choice that XLA's default is not, to the
-    file whose name XLA asks for.
+    file that XLA asks for.
     """
-    run = tmp_path / "run"
+    if shutil.which("strace") is None:
+        if os.environ.get("CI"):
+            pytest.fail("strace is not installed, and this test must run here")
+        pytest.skip("strace is not installed")
+    run, calls = tmp_path / "run", tmp_path / "calls"
     run.mkdir()
-    default, log = run_child(TUNED, str(run), CONSYN_CACHE=str(tmp_path / "here"), **LOG)
+    traced = ("strace", "-f", "-qq", "-e", "trace=/access", "-o", str(calls))
+    here = {"CONSYN_CACHE": str(tmp_path / "here")}
+    default, log = run_child(TUNED, str(run), before=traced, **here, **LOG)
     assert '"num_warps":"8"' not in default
-    wanted = re.findall(r"result file not found: (\S+)", log)
+    wanted = re.findall(r'"([^"]+_autotune_cache_dir/[^"]+\.(?:textproto|pb))"', calls.read_text())
     assert wanted  # the product's, and then that of the sum of its parts, if XLA splits it
-    Path(wanted[0]).parent.mkdir(parents=True, exist_ok=True)
-    Path(wanted[0]).write_text(CHOICE)
-    chosen, _ = run_child(TUNED, str(run), CONSYN_CACHE=str(tmp_path / "here"))
+    file = Path(wanted[0])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(choice(file, log))
+    chosen, _ = run_child(TUNED, str(run), **here)
     resumed, _ = run_child(TUNED, str(run), CONSYN_CACHE=str(tmp_path / "another machine"))
     for text in (chosen, resumed):
         assert '"num_warps":"8"' in text
         assert '"num_stages":3' in text
 
 
-LOG = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "autotuner_cache=1"}
+LOG = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_CPP_VMODULE": "autotuner_cache_interface=1"}
 
 
-def run_child(code: str, *arguments: str, **variables: str) -> tuple[str, str]:
-    """What a process that compiles prints, and its log."""
+def run_child(
+    code: str, *arguments: str, before: tuple[str, ...] = (), **variables: str
+) -> tuple[str, str]:
+    """What a process that compiles prints, and its log; `before` is a command that starts it."""
     environment = aot.environment() | {"XLA_FLAGS": ""} | variables
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # the tests' own
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [*before, sys.executable, "-c", code, *arguments],
         env=environment,
         capture_output=True,
         text=True,

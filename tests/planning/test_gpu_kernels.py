@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 from analyses import array_shapes
-from recipes import STANZA, STEPS, VERSE, dumped, recipe
+from recipes import IS_NEWEST, ONE_LAYER, STANZA, STEPS, VERSE, dumped, recipe
+
+from consyn_jax.distributed.auto_mesh import FITS
+from consyn_jax.planning.plan import estimate
+from consyn_jax.planning.topology import parse_topology
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 
@@ -31,10 +35,17 @@ IN_FP8 = {
     "eight_bit_swiglu_backward": 1,
     "branched_norm_backward": 2,
 }
-# Bytes that a kernel spills all the same.
+# Bytes that kernels spill all the same, with JAX 0.10 and with 0.12: those for heads of 128, whose
+# tiles are the fastest on an H200.
+FORWARD, KEYS = "document_attention_forward", "document_attention_keys"
 SPILLED = {
-    (VERSE, "a100", "document_attention_keys"): 4,
-    (STANZA, "h200", "document_attention_forward"): 124,  # heads of 128
+    (STANZA, "h200", FORWARD): (68, 4),
+    (STANZA, "b200", FORWARD): (352, 340),
+    (STANZA, "b200", KEYS): (80, 80),
+    (STANZA, "a100", FORWARD): (372, 320),
+    (STANZA, "a100", KEYS): (28, 28),
+    **{(STANZA, gpu, FORWARD): (432, 416) for gpu in ("rtx4090", "rtx3090", "l40s")},
+    **{(STANZA, gpu, KEYS): (12, 12) for gpu in ("rtx4090", "rtx3090", "l40s")},
 }
 RESOURCES = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.S
@@ -75,10 +86,19 @@ def test_the_step_runs_this_packages_kernels_and_none_spills(
     for kernel, times in OURS.items():
         assert program.kernels[kernel] == (times or program.kernels[kernel]), kernel
         stack, spilled, registers = resources(ptx[kernel], tmp_path)
-        most = SPILLED.get((name, gpu, kernel), 0)
+        most = SPILLED.get((name, gpu, kernel), (0, 0))[IS_NEWEST]
         assert spilled <= most, (kernel, spilled)
         assert stack <= 2 * most, (kernel, stack)
         assert registers <= 255
+
+
+@pytest.mark.parametrize(("name", "gpu"), STEPS)
+def test_the_step_needs_the_memory_that_arithmetic_says(name: str, gpu: str) -> None:
+    needed = dumped(name, gpu).program.total_bytes
+    topology = parse_topology(f"{gpu}:1x1")
+    assert needed <= FITS * topology.device.memory_bytes
+    plan = estimate(*recipe(name, ONE_LAYER), topology)
+    assert plan.work.memory.total == pytest.approx(needed, rel=0.1)
 
 
 def test_logits_in_bf16_are_overwritten_by_their_gradients(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from consyn_jax.model.kernels.visible_blocks import over_blocks, seeing_queries, visible_keys
 from consyn_jax.model.rematerialisation import KERNEL_RESIDUALS
 
 # Score of a masked key. It is finite, so that a block in which all keys are masked gives no NaN,
@@ -122,12 +123,12 @@ def _forward(
 ) -> Any:
     B, T, N, H = q.shape
     S, tile = k.shape[1], tiles.forward
-    head, sums, tokens, all_keys = _query_blocks(tile, H, S, N // k.shape[2])
+    head, _, tokens, all_keys = _query_blocks(tile, H, S, N // k.shape[2])
     out, log_sum = pl.pallas_call(
         partial(_forward_kernel, scale=scale * math.log2(math.e), step=tile.step),
         grid=(T // tile.own, N, B),
         in_specs=[head, all_keys, all_keys, tokens, _SCALAR],
-        out_specs=[head, sums],
+        out_specs=[_rows_of(T, H), pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))],
         out_shape=[_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
         compiler_params=_parameters(tile),
         name="document_attention_forward",
@@ -150,7 +151,7 @@ def _backward(scale: float, tiles: Tiles, saved: Any, dout: jax.Array) -> Any:
         partial(_queries_kernel, step=tile.step, **scales),
         grid=(T // tile.own, N, B),
         in_specs=[head, all_keys, all_keys, head, sums, sums, tokens, _SCALAR],
-        out_specs=head,
+        out_specs=_rows_of(T, H),
         out_shape=_like(q),
         compiler_params=_parameters(tile),
         name="document_attention_queries",
@@ -164,7 +165,7 @@ def _backward(scale: float, tiles: Tiles, saved: Any, dout: jax.Array) -> Any:
         partial(_keys_kernel, step=tile.step, **scales),
         grid=(S // tile.own, K, B),
         in_specs=[all_queries, head, head, all_queries, sums, sums, tokens, _SCALAR],
-        out_specs=[head, head],
+        out_specs=[_rows_of(S, H)] * 2,
         out_shape=[_like(k)] * 2,
         compiler_params=_parameters(tile),
         name="document_attention_keys",
@@ -191,6 +192,11 @@ def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec,
     )
 
 
+def _rows_of(length: int, H: int) -> pl.BlockSpec:
+    """Return the spec of a result [B, length, heads, H] of which a program writes `_own_rows`."""
+    return pl.BlockSpec((None, length, None, H), lambda i, n, b: (b, 0, n, 0))
+
+
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
@@ -208,34 +214,18 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
     )
 
 
-class Blocks(NamedTuple):
-    """Two half-open ranges of blocks.
+def _own_rows(own: int, position: Any) -> Any:
+    """Return the rows of a program's results, in a form that the compiler cannot compute early.
 
-    Attributes:
-        start, stop: Range of the blocks to read.
-        whole_start, whole_stop: Range of the blocks that need no mask.
+    They are the rows of its inputs. A compiler that sees this computes both addresses at once, and
+    keeps those of the results in registers during the loops, where heads of 128 need every
+    register: others are then spilled.
+
+    Args:
+        position: Any position that was read from memory, so never negative, which the compiler does
+            not know.
     """
-
-    start: Any
-    stop: Any
-    whole_start: Any
-    whole_stop: Any
-
-
-def _over_blocks(blocks: Blocks, block: Any, carry: Any) -> Any:
-    """Update `carry` by `block(index, carry, masked)` for each block; masked blocks come first."""
-    start, stop, whole_start, whole_stop = blocks
-    whole_start = jnp.clip(whole_start, start, stop)
-    whole_stop = jnp.clip(whole_stop, whole_start, stop)
-    before = whole_start - start
-
-    def at_the_edges(i: Any, carry: Any) -> Any:
-        return block(jnp.where(i < before, start + i, whole_stop + i - before), carry, True)
-
-    carry = jax.lax.fori_loop(0, before + stop - whole_stop, at_the_edges, carry)
-    return jax.lax.fori_loop(
-        whole_start, whole_stop, lambda i, carry: block(i, carry, False), carry
-    )
+    return pl.ds(jnp.where(position < 0, 0, pl.program_id(0) * own), own)
 
 
 def _masked(scores: Any, at: Any, first: Any, last: Any) -> Any:
@@ -245,21 +235,6 @@ def _masked(scores: Any, at: Any, first: Any, last: Any) -> Any:
         at: Positions of the columns.
     """
     return jnp.where((at >= first[:, None]) & (at <= last[:, None]), scores, NEVER)
-
-
-def _visible_keys(first_key_ref: Any, first: Any, step: int, num_keys: int) -> Blocks:
-    """The blocks of keys to which a tile of queries attends.
-
-    Args:
-        first_key_ref: For each query of the tile, the position of the first key that it attends to.
-        first: Position of the tile's first query.
-        step: Keys per block.
-    """
-    own = first_key_ref.shape[0]
-    earliest, latest = first_key_ref[0], first_key_ref[own - 1]
-    last = first + own - 1
-    stop = jnp.minimum(last // step + 1, num_keys // step)
-    return Blocks(earliest // step, stop, (latest + step - 1) // step, (first + 1) // step)
 
 
 def _forward_kernel(
@@ -283,15 +258,16 @@ def _forward_kernel(
         acc = acc * shrunk[:, None] + _product(weights.astype(v_ref.dtype), v_ref[keys, :], (1, 0))
         return acc, total * shrunk + jnp.sum(weights, axis=1), new_top
 
-    blocks = _visible_keys(first_key_ref, first, step, k_ref.shape[0])
+    blocks = visible_keys(first_key_ref, first, step, k_ref.shape[0])
     nothing = (
         jnp.zeros((own, H), jnp.float32),
         jnp.zeros((own,), jnp.float32),
         jnp.full((own,), NEVER, jnp.float32),
     )
-    acc, total, top = _over_blocks(blocks, block, nothing)
-    out_ref[...] = (acc / total[:, None]).astype(out_ref.dtype)
-    log_sum_ref[...] = top * scale + jnp.log2(total)
+    acc, total, top = over_blocks(blocks, block, nothing)
+    rows = _own_rows(own, first_key_ref[0])
+    out_ref[rows, :] = (acc / total[:, None]).astype(out_ref.dtype)
+    log_sum_ref[rows] = top * scale + jnp.log2(total)
 
 
 def _queries_kernel(
@@ -327,31 +303,9 @@ def _queries_kernel(
         dscores = weights * (_product(dout, v_ref[keys, :], (1, 1)) - correction[:, None])
         return dq + _product(dscores.astype(k.dtype), k, (1, 0))
 
-    blocks = _visible_keys(first_key_ref, first, step, k_ref.shape[0])
-    dq = _over_blocks(blocks, block, jnp.zeros((own, H), jnp.float32))
-    dq_ref[...] = (dq * outer_scale).astype(dq_ref.dtype)
-
-
-def _seeing_queries(
-    last_query_ref: Any, first: Any, offset: Any, step: int, num_queries: int
-) -> Blocks:
-    """The blocks of queries that attend to a tile of keys.
-
-    On a mesh with a `context` axis, there may be none: all queries of the device may come before or
-    after these keys.
-
-    Args:
-        last_query_ref: Position of the last query that attends to each key of the tile.
-        first: Position of the tile's first key.
-        offset: Position of the device's first query.
-        step: Queries per block.
-    """
-    own = last_query_ref.shape[0]
-    start = jnp.maximum(first - offset, 0) // step
-    stop = jnp.clip((last_query_ref[own - 1] - offset) // step + 1, start, num_queries // step)
-    whole_start = (jnp.maximum(first + own - 1 - offset, 0) + step - 1) // step
-    whole_stop = jnp.maximum(last_query_ref[0] + 1 - offset, 0) // step
-    return Blocks(start, stop, whole_start, whole_stop)
+    blocks = visible_keys(first_key_ref, first, step, k_ref.shape[0])
+    dq = over_blocks(blocks, block, jnp.zeros((own, H), jnp.float32))
+    dq_ref[_own_rows(own, first_key_ref[0]), :] = (dq * outer_scale).astype(dq_ref.dtype)
 
 
 def _keys_kernel(
@@ -388,9 +342,11 @@ def _keys_kernel(
             dk += _product(dscores.astype(q.dtype), q, (1, 0))
             return dk, dv + _product(weights.astype(q.dtype), dout, (1, 0))
 
-        return _over_blocks(blocks, block, carry)
+        return over_blocks(blocks, block, carry)
 
-    blocks = _seeing_queries(last_query_ref, first, offset, step, T)
+    blocks = seeing_queries(last_query_ref, first, offset, step, T)
     nothing = jnp.zeros((own, H), jnp.float32)
     dk, dv = jax.lax.fori_loop(0, group, head_step, (nothing, nothing))
-    dk_ref[...], dv_ref[...] = (dk * outer_scale).astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
+    rows = _own_rows(own, last_query_ref[0])
+    dk_ref[rows, :] = (dk * outer_scale).astype(dk_ref.dtype)
+    dv_ref[rows, :] = dv.astype(dv_ref.dtype)
