@@ -29,6 +29,7 @@ from consyn_jax.model.kernels.hopper_kernels import (
     Operands,
     Reading,
 )
+from consyn_jax.model.kernels.visible_blocks import Blocks, seeing_queries, visible_keys
 from consyn_jax.model.rematerialisation import KERNEL_RESIDUALS
 
 
@@ -178,44 +179,31 @@ def _rows_of(x: jax.Array, *warpgroups: int) -> Any:
 
 
 def _visible_keys(first_key: jax.Array, offset: jax.Array, step: int, S: int) -> jax.Array:
-    """Find the blocks of keys that each program's queries see.
+    """Find the blocks of keys that each program's queries see [B, T / QUERIES, 4]."""
 
-    Args:
-        first_key: Position of the first key that each query attends to [B, T].
-        offset: Position of the first query [1].
-        step: Keys per block.
+    def blocks(own: jax.Array, first: jax.Array) -> Blocks:
+        return visible_keys(own, first + offset[0], step, S)
 
-    Returns:
-        For each program [B, T / QUERIES, 4]: the first block to read and the block after the last
-        one, and the same of the blocks that need no mask.
-    """
-    own = first_key.reshape(first_key.shape[0], -1, QUERIES)
-    first = offset + QUERIES * jnp.arange(own.shape[1])
-    stop = jnp.minimum((first + QUERIES - 1) // step + 1, S // step)
-    return _blocks(own[..., 0] // step, stop, -(-own[..., -1] // step), (first + 1) // step)
+    return _of_programs(first_key, QUERIES, blocks)
 
 
 def _seeing_queries(last_query: jax.Array, offset: jax.Array, step: int, T: int) -> jax.Array:
-    """Find the blocks of queries that see each program's keys.
+    """Find the blocks of queries that see each program's keys [B, S / KEYS, 4].
 
-    A pipeline reads at least one block. On a mesh with a `context` axis, all queries of the device
-    may come before or after the keys, and then that block is masked.
-
-    Args:
-        last_query: Position of the last query that attends to each key [B, S].
-        offset: Position of the device's first query [1].
-        step: Queries per block.
-
-    Returns:
-        For each program [B, S / KEYS, 4], as in `_visible_keys`.
+    A pipeline reads at least one block. If no query sees the keys, that block is masked.
     """
-    own = last_query.reshape(last_query.shape[0], -1, KEYS)
-    first = KEYS * jnp.arange(own.shape[1]) - offset
-    start = jnp.minimum(jnp.maximum(first, 0) // step, T // step - 1)
-    stop = jnp.clip((own[..., -1] - offset) // step + 1, start + 1, T // step)
-    whole_start = -(-jnp.maximum(first + KEYS - 1, 0) // step)
-    return _blocks(start, stop, whole_start, jnp.maximum(own[..., 0] + 1 - offset, 0) // step)
+
+    def blocks(own: jax.Array, first: jax.Array) -> Blocks:
+        found = seeing_queries(own, first, offset[0], step, T)
+        start = jnp.minimum(found.start, T // step - 1)
+        return found._replace(start=start, stop=jnp.maximum(found.stop, start + 1))
+
+    return _of_programs(last_query, KEYS, blocks)
 
 
-def _blocks(*bounds: jax.Array) -> jax.Array:
-    return jnp.stack(jnp.broadcast_arrays(*bounds), axis=-1).astype(jnp.int32)
+def _of_programs(limits: jax.Array, own: int, blocks: Callable[..., Blocks]) -> jax.Array:
+    """Compute the blocks of every program, which holds `own` rows, as one array."""
+    tiles = limits.reshape(limits.shape[0], -1, own)
+    first = own * jnp.arange(tiles.shape[1])
+    found = jax.vmap(jax.vmap(blocks), in_axes=(0, None))(tiles, first)
+    return jnp.stack(found, axis=-1).astype(jnp.int32)

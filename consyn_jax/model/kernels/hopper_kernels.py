@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from consyn_jax.model.kernels.document_attention import NEVER
+from consyn_jax.model.kernels.visible_blocks import Blocks
 
 ROWS = 64  # of a warpgroup: the number of rows of one wgmma
 QUERIES, KEYS = 2 * ROWS, ROWS  # of a program that holds queries, and of one that holds keys
@@ -51,7 +52,7 @@ class Operands(NamedTuple):
         k, v: [B, S, K, H]
         limit: Position of the first key of each query [B, T]. In the kernel that holds keys, the
             position of the last query of each key [B, S].
-        blocks: Blocks that each program reads [B, programs, 4], as in `Place`.
+        blocks: `Blocks` that each program reads [B, programs, 4].
         offset: Position of the first query [1].
         dout: Gradient of the output, like q; None in the forward pass, like the next two.
         log_sum: Base-2 logarithm of the sum of each softmax [B, N, T].
@@ -77,18 +78,14 @@ class Place(NamedTuple):
         row: Row of the batch.
         group: Number of the warpgroup in its program.
         first: Index of its first query or key, in the sequence.
-        start, stop: Blocks to read.
-        whole_start, whole_stop: Blocks that need no mask.
+        blocks: Blocks that the program reads.
     """
 
     head: Any
     row: Any
     group: Any
     first: Any
-    start: Any
-    stop: Any
-    whole_start: Any
-    whole_stop: Any
+    blocks: Blocks
 
     def of(self, ref: Any) -> Any:
         """This warpgroup's part of an array [B, T, heads, H]."""
@@ -114,15 +111,15 @@ class Place(NamedTuple):
             column = first_column + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
             return jnp.where((column >= first) & (column <= last), scores, NEVER)
 
-        is_edge = (block < self.whole_start) | (block >= self.whole_stop)
+        is_edge = (block < self.blocks.whole_start) | (block >= self.blocks.whole_stop)
         return jax.lax.cond(is_edge, mask, lambda scores: scores, scores)
 
 
 def _place(blocks_ref: Any, own: int) -> Place:
     head, tile, row = map(jax.lax.axis_index, ("head", "tile", "row"))
     group = 0 if own == ROWS else jax.lax.axis_index("warpgroup")
-    bounds = (blocks_ref[row, tile, i] for i in range(4))
-    return Place(head, row, group, tile * own + group * ROWS, *bounds)
+    blocks = Blocks(*(blocks_ref[row, tile, i] for i in range(4)))
+    return Place(head, row, group, tile * own + group * ROWS, blocks)
 
 
 def _along(x: Any, shape: tuple[int, ...], axis: int) -> Any:
@@ -161,11 +158,13 @@ def _over_keys(at: Place, given: Operands, reading: Reading, block: Any, own: An
     block.
     """
     _, _, N, H = given.q.shape
-    keys = plgpu.BlockSpec((reading.step, H), lambda i: (at.start + i, 0), transforms=IN_TILES)
+    keys = plgpu.BlockSpec(
+        (reading.step, H), lambda i: (at.blocks.start + i, 0), transforms=IN_TILES
+    )
     key_head = jax.lax.div(at.head, jnp.int32(N // given.k.shape[2]))
     plgpu.emit_pipeline_warp_specialized(
         block,
-        grid=(at.stop - at.start,),
+        grid=(at.blocks.stop - at.blocks.start,),
         in_specs=[keys, keys],
         max_concurrent_steps=reading.stages,
         num_compute_wgs=2,
@@ -222,7 +221,7 @@ def forward(given, out_ref, log_sum_ref, q_smems, sum_smems, arrived, turn, *, s
         plgpu.wait_smem_to_gmem(0)
 
     def block(index, k_smem, v_smem, k_is_free, v_is_free, carry):
-        (acc, total, top, first_key), j = carry, at.start + index[0]
+        (acc, total, top, first_key), j = carry, at.blocks.start + index[0]
 
         def multiply(accumulator):
             plgpu.wgmma(accumulator, q_smem, k_smem.T)
@@ -269,7 +268,7 @@ def queries(given, dq_ref, q_smems, dout_smems, arrived, *, scale, outer_scale, 
         plgpu.wait_smem_to_gmem(0)
 
     def block(index, k_smem, v_smem, k_is_free, v_is_free, carry):
-        (dq, log_sum, correction, first_key), j = carry, at.start + index[0]
+        (dq, log_sum, correction, first_key), j = carry, at.blocks.start + index[0]
 
         def limits():
             return first_key, given.offset[0] + at.positions()
@@ -298,7 +297,7 @@ def keys(given, dk_ref, dv_ref, k_smem, v_smem, arrived, *, scale, outer_scale, 
     plgpu.barrier_wait(arrived)
 
     def block(index, q_smem, dout_smem, sum_smem, correction_smem, carry):
-        i = at.start + index[0]
+        i = at.blocks.start + index[0]
 
         def limits():
             # Read here and not before the loop, for which there are no registers left.
@@ -326,12 +325,12 @@ def keys(given, dk_ref, dv_ref, k_smem, v_smem, arrived, *, scale, outer_scale, 
         return at.head * group + n
 
     rows = plgpu.BlockSpec(
-        (step, None, H), lambda i, n: (at.start + i, head(n), 0), transforms=IN_TILES
+        (step, None, H), lambda i, n: (at.blocks.start + i, head(n), 0), transforms=IN_TILES
     )
-    sums = plgpu.BlockSpec((None, step), lambda i, n: (head(n), at.start + i))
+    sums = plgpu.BlockSpec((None, step), lambda i, n: (head(n), at.blocks.start + i))
     dk, dv = plgpu.emit_pipeline(
         block,
-        grid=(at.stop - at.start, group),
+        grid=(at.blocks.stop - at.blocks.start, group),
         in_specs=[rows, rows, sums, sums],
         max_concurrent_steps=reading.stages,
         init_carry=(_zeros(ROWS, H), _zeros(ROWS, H)),
