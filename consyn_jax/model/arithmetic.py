@@ -13,8 +13,12 @@ LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float3
 # Memory of logits and head weights on a GPU: 1 GiB, or 5 % of the GPU's memory if that is more.
 HEAD_BYTES = 2**30
 HEAD_SHARE = 0.05
+# The same in chunks of at most FEWEST_TOKENS: an eighth of the GPU's memory.
+SMALL_CHUNK_SHARE = 0.125
 MOST_LOGITS = 2**31 - 1  # in a chunk; kernels count elements in 32 bits
-MOST_TOKENS = 8192  # largest chunk; more would speed up the loss's matmuls by less than 1 %
+# Tokens of a chunk. Re-reading the head's gradient prolongs the loss's matmuls by about 43 % with
+# 512 tokens, 11 % with 2,048 and 3 % with 8,192 (docs/design/loss.md).
+FEWEST_TOKENS, MOST_TOKENS = 2048, 8192
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
 # Deeper models run their blocks in a loop, because unrolled ones take too long to compile.
 CPU_UNROLLED_LAYERS, GPU_UNROLLED_LAYERS = 12, 24
@@ -139,7 +143,8 @@ def logits_at_once(
     """Number of logits that the loss may hold in memory at once on one GPU.
 
     The loss runs over chunks of tokens. Each chunk reads and writes the gradient of the output
-    embedding (the head), so a few large chunks are faster than many small ones.
+    embedding (the head), so a few large chunks are faster than many small ones. On a GPU whose
+    memory is known, a chunk has at least `FEWEST_TOKENS` tokens if the memory allows it.
 
     Args:
         head_bytes: Bytes of the output embedding in the compute dtype.
@@ -149,7 +154,9 @@ def logits_at_once(
     """
     room = max(HEAD_BYTES, int(HEAD_SHARE * gpu_bytes)) - head_bytes
     most = max(MOST_TOKENS * words, HEAD_BYTES // bytes_each)
-    return max(LOGITS_AT_ONCE, min(most, room // bytes_each, MOST_LOGITS))
+    room_for_few = int(SMALL_CHUNK_SHARE * gpu_bytes) - head_bytes
+    fewest = max(LOGITS_AT_ONCE, min(FEWEST_TOKENS * words, room_for_few // bytes_each))
+    return max(fewest, min(most, room // bytes_each, MOST_LOGITS))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
