@@ -1,10 +1,8 @@
-"""FLOPs, parameters and training memory of a model, from its configuration alone."""
+"""FLOPs, parameters and chunks of logits of a model, from its configuration alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 
@@ -15,10 +13,15 @@ LOGITS_AT_ONCE = 2**26  # smallest chunk of the loss on a GPU: 256 MiB in float3
 # Memory of logits and head weights on a GPU: 1 GiB, or 5 % of the GPU's memory if that is more.
 HEAD_BYTES = 2**30
 HEAD_SHARE = 0.05
+# The same in chunks of at most FEWEST_TOKENS: an eighth of the GPU's memory.
+SMALL_CHUNK_SHARE = 0.125
 MOST_LOGITS = 2**31 - 1  # in a chunk; kernels count elements in 32 bits
-MOST_TOKENS = 8192  # largest chunk; more would speed up the loss's matmuls by less than 1 %
+# Tokens of a chunk. Re-reading the head's gradient prolongs the loss's matmuls by about 43 % with
+# 512 tokens, 11 % with 2,048 and 3 % with 8,192 (docs/design/loss.md).
+FEWEST_TOKENS, MOST_TOKENS = 2048, 8192
 CPU_LOGITS = 2**24  # in a chunk of the loss on a CPU (docs/design/cpu.md)
-CPU_UNROLLED_LAYERS = 12  # deeper models run their blocks in a loop
+# Deeper models run their blocks in a loop, because unrolled ones take too long to compile.
+CPU_UNROLLED_LAYERS, GPU_UNROLLED_LAYERS = 12, 24
 TILE = 128  # tokens; products whose sizes are whole tiles waste nothing
 BYTES_OF_LOGIT = {"float32": FLOAT32, "bfloat16": BF16}  # by --logits_dtype
 LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 arrays of logits
@@ -123,74 +126,6 @@ def cpu_step_flops(
     return tokens * (4.0 * matmul_parameters(config) + 2.0 * trained + 12.0 * attention)
 
 
-def cpu_step_bytes(
-    config: ModelConfig,
-    batch_size: int,
-    accumulation: int,
-    length: int,
-    moment_bytes: int,
-    lora: LoraOptions = NO_LORA,
-) -> float:
-    """Estimate the bytes of memory that a train step in float32 needs on a CPU.
-
-    For the presets haiku and verse, the estimate is within a tenth of the compiler's figure
-    (tests/cli/choices/test_machine_fit.py). It is the sum of:
-
-    - the parameters and the optimizer's moments;
-    - three arrays as large as the trained parameters, or four with gradient accumulation;
-    - two arrays as large as the logits of one chunk;
-    - the activations of all blocks, and two [T, T] matrices per head. Rematerialisation saves
-      nothing, because XLA on CPUs merges the repeated computation with the first one;
-    - for LoRA, a float32 copy of each frozen matrix and of each matrix product's output.
-
-    Args:
-        batch_size: Sequences per micro-batch.
-        accumulation: Micro-batches per train step.
-        length: Tokens per sequence.
-        moment_bytes: Bytes of the optimizer's moments per trained parameter.
-    """
-    c, tokens = config, batch_size * length
-    block, _ = _block_bytes(c, 1, "none")
-    attended = 2 * c.num_heads * length * FLOAT32
-    logits = 2 * FLOAT32 * min(CPU_LOGITS, tokens * c.padded_vocab_size)
-    arrays = 3 if accumulation == 1 else 4
-    trained, frozen, outputs = num_parameters(c), 0.0, 0
-    if lora.is_used:
-        matrices = c.num_layers * num_block_parameters(c)
-        kept = FLOAT32 if lora.lora_base_dtype == "auto" else BASE_BYTES[lora.lora_base_dtype]
-        frozen = matrices * (kept + FLOAT32) + (trained - matrices) * FLOAT32
-        trained = num_adapter_parameters(c, lora)
-        outputs = c.head_dim * (c.num_heads + 2 * c.num_kv_heads) + 2 * (c.hidden_dim + c.mlp_dim)
-    state = trained * (FLOAT32 + moment_bytes) + frozen
-    activations = tokens * c.num_layers * (block * FLOAT32 / BF16 + attended + outputs * FLOAT32)
-    return state + arrays * FLOAT32 * trained + activations + logits
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Estimated bytes on one device during a train step in bfloat16.
-
-    Attributes:
-        parameters: Bytes of the float32 parameters, and of the frozen weights under an adapter.
-        moments: Bytes of the optimizer's moments.
-        gradients: Bytes of the float32 gradients, which are summed over micro-batches.
-        activations: Bytes of the activations that all blocks save for the backward pass.
-        working: Bytes of temporary memory at the peak of the step. The peak is in the backward pass
-            of one block, or in the loss, where a micro-batch has logits but no gradients yet.
-    """
-
-    parameters: int
-    moments: int
-    gradients: int
-    activations: int
-    working: int
-
-    @property
-    def total(self) -> int:
-        """Bytes on one device: the sum of all fields."""
-        return self.parameters + self.moments + self.gradients + self.activations + self.working
-
-
 def logit_bytes(logit: int = FLOAT32, gradient: int = BF16) -> int:
     """Bytes of memory per logit, for the logit and its gradient.
 
@@ -208,7 +143,8 @@ def logits_at_once(
     """Number of logits that the loss may hold in memory at once on one GPU.
 
     The loss runs over chunks of tokens. Each chunk reads and writes the gradient of the output
-    embedding (the head), so a few large chunks are faster than many small ones.
+    embedding (the head), so a few large chunks are faster than many small ones. On a GPU whose
+    memory is known, a chunk has at least `FEWEST_TOKENS` tokens if the memory allows it.
 
     Args:
         head_bytes: Bytes of the output embedding in the compute dtype.
@@ -218,7 +154,9 @@ def logits_at_once(
     """
     room = max(HEAD_BYTES, int(HEAD_SHARE * gpu_bytes)) - head_bytes
     most = max(MOST_TOKENS * words, HEAD_BYTES // bytes_each)
-    return max(LOGITS_AT_ONCE, min(most, room // bytes_each, MOST_LOGITS))
+    room_for_few = int(SMALL_CHUNK_SHARE * gpu_bytes) - head_bytes
+    fewest = max(LOGITS_AT_ONCE, min(FEWEST_TOKENS * words, room_for_few // bytes_each))
+    return max(fewest, min(most, room // bytes_each, MOST_LOGITS))
 
 
 def chunk_tokens(tokens: int, words: int, logits: int) -> int:
@@ -239,94 +177,6 @@ def chunk_tokens(tokens: int, words: int, logits: int) -> int:
         if tokens % length == 0:
             return length
     return math.ceil(tokens / min(tokens, math.ceil(tokens * words / logits)))
-
-
-def estimate_memory(
-    config: ModelConfig,
-    sizes: Mapping[str, int],
-    batch_size: int,
-    accumulation: int,
-    length: int,
-    remat: str,
-    moment_bytes: int | float,
-    lora: LoraOptions = NO_LORA,
-    gpu_bytes: int = 0,
-    logit: int = FLOAT32,
-) -> MemoryEstimate:
-    """Estimate a train step's memory on one device; for presets, the error is below a tenth.
-
-    Args:
-        sizes: Number of devices along each mesh axis.
-        batch_size: Sequences per micro-batch, over all devices.
-        accumulation: Micro-batches per train step.
-        length: Tokens per sequence.
-        remat: A value of `--gradient_checkpointing`.
-        moment_bytes: Bytes of the optimizer's moments per trained parameter.
-        gpu_bytes: Memory of the GPU; 0 if it is not known.
-        logit: Bytes of a logit, by `--logits_dtype`.
-    """
-    c, tensor, fsdp = config, sizes["tensor"], sizes["fsdp"]
-    tokens = batch_size * length / (sizes["data"] * fsdp * sizes["context"])
-    at_head = _head_bytes(c, tokens, tensor, gpu_bytes, logit, is_frozen=lora.is_used)
-    if lora.is_used:
-        return _adapter_memory(c, sizes, tokens, remat, moment_bytes, lora, at_head)
-    own, head = num_parameters(c) / (fsdp * tensor), c.padded_vocab_size * c.hidden_dim / tensor
-    block, saved = _block_bytes(c, tensor, remat)
-    # The weight gradients of one block, its weights, and the weights of the next block.
-    weights = num_block_parameters(c) / tensor * (FLOAT32 + BF16 * (2 if fsdp > 1 else 1))
-    activation_gradients = BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
-    at_block = tokens * ((0 if remat == "none" else block) + activation_gradients) + weights
-    if fsdp > 1:  # the input embedding's gradient is sharded only at the end
-        at_block += head * FLOAT32
-    if accumulation > 1:  # added to the accumulated gradients in place, except for embeddings
-        at_head += own * FLOAT32
-        at_block += head * FLOAT32 / fsdp
-    at_block += own * FLOAT32
-    # At the peak of the loss, this micro-batch has no gradients yet.
-    gradients = int(own * FLOAT32) if accumulation > 1 or at_block >= at_head else 0
-    return MemoryEstimate(
-        parameters=int(own * FLOAT32),
-        moments=int(own * moment_bytes),
-        gradients=gradients,
-        activations=int(tokens * c.num_layers * saved),
-        working=int(max(at_head, at_block) - gradients),
-    )
-
-
-def _adapter_memory(
-    c: ModelConfig,
-    sizes: Mapping[str, int],
-    tokens: float,
-    remat: str,
-    moment_bytes: int | float,
-    lora: LoraOptions,
-    at_head: float,
-) -> MemoryEstimate:
-    """Estimate the memory of a train step of an adapter, including the frozen weights.
-
-    Args:
-        tokens: Tokens per micro-batch on one device.
-        at_head: Temporary bytes of the loss, mostly its logits.
-    """
-    tensor, shards = sizes["tensor"], sizes["fsdp"] * sizes["tensor"]
-    own, matrices = num_adapter_parameters(c, lora) / shards, c.num_layers * num_block_parameters(c)
-    others = num_parameters(c) - matrices
-    plain = FLOAT32 if lora.lora_base_dtype == "float32" else BF16
-    frozen = matrices * BASE_BYTES[lora.lora_base_dtype] + others * plain
-    block, saved = _block_bytes(c, tensor, remat)
-    # While the backward pass repeats a block's forward pass, the block's weights are in memory in
-    # 16 bits. With fsdp, the weights of the next block are in memory, too.
-    dense = BF16 * (2 if sizes["fsdp"] > 1 else 1) * num_block_parameters(c) / tensor
-    at_block = tokens * (
-        (0 if remat == "none" else block) + BF16 * 2 * (c.mlp_dim / tensor + c.hidden_dim)
-    )
-    return MemoryEstimate(
-        parameters=int(own * FLOAT32 + frozen / shards),
-        moments=int(own * moment_bytes),
-        gradients=int(own * FLOAT32),
-        activations=int(tokens * c.num_layers * saved),
-        working=int(max(at_head, at_block + dense)),
-    )
 
 
 def useful_ranks(c: ModelConfig, lora: LoraOptions) -> dict[str, int]:
@@ -355,40 +205,3 @@ def num_adapter_parameters(c: ModelConfig, lora: LoraOptions) -> int:
     outer = {"q": query, "k": key, "v": key, "o": query}  # the other side has the model's width
     wide = (outer.get(name, c.mlp_dim) + c.hidden_dim for name in lora.targets)
     return c.num_layers * lora.rank * sum(wide)
-
-
-def _block_bytes(c: ModelConfig, tensor: int, remat: str) -> tuple[float, int | float]:
-    """Bytes per token of one block's activations: (all, only those that `remat` saves)."""
-    query, key, feed_forward = (
-        c.num_heads * c.head_dim / tensor,
-        c.num_kv_heads * c.head_dim / tensor,
-        c.mlp_dim / tensor,
-    )
-    # The inputs of both branches and their norms; queries and keys, each raw, normed and rotated;
-    # values; the output of attention; gate, up and their product.
-    block = BF16 * (4 * c.hidden_dim + 3 * query + 3 * key + key + query + 3 * feed_forward)
-    attended = BF16 * query + FLOAT32 * c.num_heads / tensor
-    saved = {
-        "none": block,
-        "minimal": BF16 * (2 * c.hidden_dim + query + 2 * key + 2 * feed_forward) + attended,
-        "attention": BF16 * c.hidden_dim + attended,
-        "full": BF16 * c.hidden_dim,
-        "offload": 0,
-    }
-    return block, saved[remat]
-
-
-def _head_bytes(
-    c: ModelConfig, tokens: float, tensor: int, gpu_bytes: int, logit: int, is_frozen: bool = False
-) -> float:
-    """Bytes of the loss: one chunk of logits, the head and its gradient, and the hidden states."""
-    words = c.padded_vocab_size // tensor
-    at_once, stream_bytes = LOGITS_AT_ONCE, FLOAT32
-    each = LOGIT_BYTES_WITHOUT_KERNEL - 2 * (FLOAT32 - logit)  # two arrays have the logits' dtype
-    if tensor == 1:
-        each, stream_bytes, head_bytes = logit_bytes(logit), BF16, BF16 * words * c.hidden_dim
-        at_once = logits_at_once(head_bytes, each, words=words, gpu_bytes=gpu_bytes)
-    logits = words * chunk_tokens(max(1, round(tokens)), words, at_once)
-    head = c.padded_vocab_size * c.hidden_dim / tensor
-    weights = 0 if is_frozen else head * (BF16 + FLOAT32)  # head in bf16, gradient in float32
-    return each * logits + weights + tokens * c.hidden_dim * stream_bytes

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from jax import checkpoint_policies
 
-from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS
+from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS, GPU_UNROLLED_LAYERS
 
 # The loop over blocks is unrolled up to this many layers; deeper models take too long to compile.
 # Unrolling makes a step a fifth faster on CPUs. On GPUs it avoids copying the saved activations of
 # all layers into one array and back.
-UNROLLED_LAYERS = {"cpu": CPU_UNROLLED_LAYERS, "gpu": 24}
+UNROLLED_LAYERS = {"cpu": CPU_UNROLLED_LAYERS, "gpu": GPU_UNROLLED_LAYERS}
 # The `checkpoint_name`s to which policies refer.
 BLOCK_INPUT = "block input"  # the residual stream
 ATTENTION_OUTPUT = "attention output"  # of every backend

@@ -16,7 +16,7 @@ from consyn_jax.planning import network, roofline
 from consyn_jax.planning.aot import COMPILERS
 from consyn_jax.planning.plan import Alternative, Plan, adapter_that_fits, alternatives, in_memory
 from consyn_jax.planning.plan_recipe import in_flags, in_seconds
-from consyn_jax.planning.roofline import StepTime
+from consyn_jax.planning.roofline import Rates, StepTime
 from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.training.runtime.memory import device_bytes, step_memory
 from consyn_jax.training.trainer import ConsynTrainer
@@ -239,31 +239,26 @@ def _time(plan: Plan, time: StepTime, assumptions: bool) -> Iterator[str]:
     if not assumptions:
         yield "  --verbose lists the assumptions"
         return
-    stretch = roofline.stretch_of(plan.work, plan.topology)
-    lines = _assumptions(plan.topology.gpu, plan.run.hardware.mixed_precision, stretch)
+    rates, stretch = roofline.OWN, roofline.stretch_of(plan.work, plan.topology)
+    lines = _assumptions(plan.topology.gpu, plan.run.hardware.mixed_precision, rates, stretch)
     yield "assumed    " + "\n           ".join(lines)
 
 
-def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[str]:
+def _assumptions(gpu: DescribedGpu, precision: str, rates: Rates, stretch: float) -> Iterator[str]:
     yield "bfloat16, with attention in a fused kernel"
     if precision == "fp8":
         yield (
             f"matmuls of the blocks in 8 bits, at {roofline.FP8_SPEEDUP} x the rate below (from "
             f"data sheets); activations take as much memory as in bfloat16"
         )
-    bandwidth = gpu.memory_bandwidth * roofline.MEMORY_EFFICIENCY / 1e12
     yield (
-        f"matmuls at {gpu.matmul_flops / 1e12:.0f} TFLOP/s or {bandwidth:.2f} TB/s, "
-        f"whichever is slower"
+        f"matmuls at {gpu.matmul_flops * rates.matmul / 1e12:.0f} TFLOP/s; memory-bound kernels at "
+        f"{gpu.memory_bandwidth * rates.memory / 1e12:.2f} TB/s"
     )
     attention = ", ".join(
-        f"{share:.0%} of peak for heads of {width}"
-        for width, share in roofline.ATTENTION_EFFICIENCY.items()
+        f"{share:.0%} of peak for heads of {width}" for width, share in rates.attention.items()
     )
-    yield (
-        f"attention at {attention}; attention inside documents at {roofline.DOCUMENT_SHARE:.0%} of "
-        f"these rates, if documents are as long as a sequence"
-    )
+    yield f"attention at {attention}, if documents are as long as a sequence"
     link = gpu.link_bandwidth * network.LINK_EFFICIENCY / 1e9
     ports = gpu.network_bandwidth * network.LINK_EFFICIENCY / 1e9
     yield f"links at {link:.0f} GB/s inside a host, {ports:.3g} GB/s per GPU between hosts"
@@ -272,7 +267,7 @@ def _assumptions(gpu: DescribedGpu, precision: str, stretch: float) -> Iterator[
         f"kernels' time; each second of overlap delays the kernels by {roofline.CONTENTION:.1f} s"
     )
     yield (
-        f"times of kernels multiplied by {stretch}, for launches, gaps and lowered clocks; "
+        f"times of kernels multiplied by {stretch:.2f}, for launches and gaps; "
         f"sources: docs/planning.md"
     )
 

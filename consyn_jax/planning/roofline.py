@@ -9,7 +9,7 @@ docs/planning.md compares estimates with published runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from consyn_jax.distributed.compiled import Collective
@@ -31,16 +31,32 @@ from consyn_jax.planning.network import (
 from consyn_jax.planning.topology import GpuTopology
 from consyn_jax.planning.workload import Workload
 
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of a GPU's rates that the kernels of a train step reach.
+
+    Attributes:
+        matmul: share of the best measured rate of a matmul, `DescribedGpu.matmul_flops`.
+        memory: share of the specified memory bandwidth, in memory-bound kernels.
+        attention: share of `bf16_flops` in causal attention, forward and backward pass together, by
+            the size of a head. The backward pass has 5 of the 7 matmuls.
+    """
+
+    matmul: float
+    memory: float
+    attention: Mapping[int, float]
+
+
 # The share of the specified memory bandwidth that streaming kernels reach (BabelStream on A100 and
 # H100: 0.88 to 0.94).
 MEMORY_EFFICIENCY = 0.9
-# The share of `bf16_flops` that fused causal attention reaches in forward and backward together, by
-# the size of a head. From FlashAttention-3 on H100 with sequences of 2k to 8k; the backward pass
-# has 5 of the 7 matmuls.
-ATTENTION_EFFICIENCY = {64: 0.33, 128: 0.45}
-# This package's attention kernel (model/kernels/document_attention.py) reaches this share of
-# ATTENTION_EFFICIENCY. Measured on an H200: 0.82 for heads of 64, 0.79 for heads of 128.
-DOCUMENT_SHARE = 0.8
+# Programs of others. Attention is FlashAttention-3's on H100 with sequences of 2k to 8k.
+OTHERS = Rates(1, MEMORY_EFFICIENCY, {64: 0.33, 128: 0.45})
+# This package, measured on one H200: a large matmul that alternates with the step, so that both
+# have the clock that the power limit allows (676 of 794 TFLOP/s); norms, sums, rotations, SwiGLU
+# and softmax in a trace (4.0 of 4.8 TB/s); attention (291 and 351 of 989 TFLOP/s).
+OWN = Rates(0.85, 0.83, {64: 0.294, 128: 0.355})
 # Collectives of weights and gradients can overlap with this share of the kernels' time. Collectives
 # of activations do not overlap with kernels.
 OVERLAP = 0.8
@@ -48,19 +64,23 @@ OVERLAP = 0.8
 # NCCL uses multiprocessors and memory bandwidth. Not measured: estimated from the runs in
 # docs/planning.md.
 CONTENTION = 0.3
-# The time of all kernels relative to the sum of their times at the rates above. Launches, gaps,
-# tails of waves and a clock lowered by the power limit make it longer. STRETCH is fitted to the
-# published runs that docs/planning.md marks; ALONE_STRETCH is measured here on one GPU.
-STRETCH, ALONE_STRETCH = 1.36, 1.09
+# The time of all kernels relative to the sum of their times at the rates above. Launches, gaps and
+# kernels that are not counted make it longer, and with OTHERS also tails of waves and a clock
+# lowered by the power limit. STRETCH is fitted to the published runs that docs/planning.md marks,
+# OWN_STRETCH to three steps on one H200.
+STRETCH, OWN_STRETCH = 1.36, 1.02
 # Bytes per parameter that an optimizer step reads and writes, without the moments: it reads the
 # gradient twice (first for the norm), and reads and writes the weight.
 UPDATE_BYTES = 16
 # Matmul rate in 8 bits relative to bfloat16, from the data sheets of Ada, Hopper and Blackwell; not
 # measured.
 FP8_SPEEDUP = 2
-# Bytes read and written per float32 logit, rounded up: the logit is written once and read twice,
-# and so is its bfloat16 gradient.
+# Bytes read and written per float32 logit in programs of others, rounded up: the logit is written
+# once and read twice, and so is its bfloat16 gradient.
 LOGIT_BYTES, LOGIT_ACCESSES = 16, 3
+# The same in this package if the vocabulary is split over devices: by the text of the program, 37
+# bytes, of which 10 are those of the head's matmuls. Of a bfloat16 logit it is 8 bytes less.
+SPLIT_LOGIT_BYTES, SPLIT_LOGIT_ACCESSES = 27, 4
 HOST: Axes = ("host",)  # key for transfers to host memory, beside the mesh axes
 
 
@@ -125,8 +145,19 @@ def estimate_step(
 
 
 def stretch_of(work: Workload, topology: GpuTopology) -> float:
-    """Return the factor by which the kernels take longer in total than their rates predict."""
-    return ALONE_STRETCH if work.this_package and topology.num_devices == 1 else STRETCH
+    """Return the factor by which the kernels take longer in total than their rates predict.
+
+    This package has not been measured on several GPUs. There, its matmuls are assumed to take as
+    long as those of other programs.
+    """
+    if not work.this_package:
+        return STRETCH
+    return OWN_STRETCH if topology.num_devices == 1 else STRETCH * OWN.matmul
+
+
+def rates_of(work: Workload) -> Rates:
+    """Return the rates of the program that runs the step."""
+    return OWN if work.this_package else OTHERS
 
 
 def _bandwidth(gpu: DescribedGpu) -> float:
@@ -143,13 +174,10 @@ def _matmul_seconds(work: Workload, gpu: DescribedGpu) -> float:
     backward pass computes no gradients of the frozen weights.
     """
     passes = 2 if work.lora.is_used else 3
-    speedup = FP8_SPEEDUP if work.fp8 else 1
+    speedup, rate = FP8_SPEEDUP if work.fp8 else 1, gpu.matmul_flops * rates_of(work).matmul
 
     def seconds(matmuls: Iterable[tuple[Number, Number]], speedup: Number = 1) -> Number:
-        return sum(
-            max(flops / (gpu.matmul_flops * speedup), size / _bandwidth(gpu))
-            for flops, size in matmuls
-        )
+        return sum(max(flops / (rate * speedup), size / _bandwidth(gpu)) for flops, size in matmuls)
 
     *needed, _ = _block_matmuls(work)
     again = 0 if work.remat in ("none", "minimal") else seconds(needed, speedup)
@@ -195,9 +223,7 @@ def _attention_seconds(work: Workload, gpu: DescribedGpu) -> float:
     runs twice.
     """
     passes = 4.5 if work.remat == "full" else 3.5
-    efficiency = ATTENTION_EFFICIENCY[128 if work.model.head_dim >= 96 else 64] * (
-        DOCUMENT_SHARE if work.this_package else 1
-    )
+    efficiency = rates_of(work).attention[128 if work.model.head_dim >= 96 else 64]
     flops = work.accumulation * passes * work.model.num_layers * _attention_flops(work)
     return flops / (gpu.bf16_flops * efficiency)
 
@@ -217,26 +243,50 @@ def _attention_flops(work: Workload) -> Number:
 
 def _memory_seconds(work: Workload, gpu: DescribedGpu) -> float:
     """Seconds of the memory-bound kernels of a step, without the kernels of the optimizer."""
-    passes, layers = 3.0 if work.remat == "none" else 4.0, work.model.num_layers
-    of_logit = LOGIT_BYTES - LOGIT_ACCESSES * (FLOAT32 - work.logit_bytes)
+    forward, backward = _elementwise_bytes(work)
+    if work.remat != "none":
+        backward += forward
+    logits = work.local_tokens * work.model.padded_vocab_size / work.sizes["tensor"]
     size = (
-        passes * layers * _elementwise_bytes(work)
-        + layers * _quantising_bytes(work)
-        + of_logit * work.local_tokens * work.model.padded_vocab_size / work.sizes["tensor"]
+        work.model.num_layers * (forward + backward + _quantising_bytes(work))
+        + _logit_bytes(work) * logits
     )
-    return work.accumulation * size / _bandwidth(gpu)
+    return work.accumulation * size / (gpu.memory_bandwidth * rates_of(work).memory)
 
 
-def _elementwise_bytes(work: Workload) -> Number:
-    """Bytes that a block's forward pass reads and writes outside its matmuls.
+def _logit_bytes(work: Workload) -> Number:
+    """Bytes read and written per logit and its gradient, between the matmuls of the head.
+
+    This package's softmax kernel reads a logit twice and writes its gradient once. The matmuls that
+    write the logit and read the gradient are limited by their arithmetic.
+    """
+    narrower = FLOAT32 - work.logit_bytes
+    if not work.this_package:
+        return LOGIT_BYTES - LOGIT_ACCESSES * narrower
+    if work.sizes["tensor"] > 1:
+        return SPLIT_LOGIT_BYTES - SPLIT_LOGIT_ACCESSES * narrower
+    return 2 * work.logit_bytes + BF16
+
+
+def _elementwise_bytes(work: Workload) -> tuple[Number, Number]:
+    """Bytes that a block reads and writes outside its matmuls: (forward pass, backward pass).
 
     These are the bytes of norms, residual sums, rotary embeddings and SwiGLU.
     """
     c, tensor = work.model, work.sizes["tensor"]
+    width, mlp = c.hidden_dim, c.mlp_dim / tensor
+    heads = (c.num_heads + c.num_kv_heads) * c.head_dim / tensor  # queries and keys
     stream = 2 * 2 + 2 * 3  # two norms: read, written; two sums: two arrays read, one written
-    # Queries and keys are read and written twice: for their norm and for the rotary embedding.
-    heads = 4 * (c.num_heads + c.num_kv_heads) * c.head_dim / tensor
-    return BF16 * work.local_tokens * (stream * c.hidden_dim + heads + 3 * c.mlp_dim / tensor)
+    array = BF16 * work.local_tokens
+    if not work.this_package:  # queries and keys are read and written for norm and for rotation
+        forward = array * (stream * width + 4 * heads + 3 * mlp)
+        return forward, 2 * forward
+    # One kernel norms and rotates. In the backward pass, the norms' kernels also sum the gradients
+    # of the 3 and 2 matmuls that read a norm, and add that of the stream: 6 and 5 arrays.
+    return (
+        array * (stream * width + 2 * heads + 3 * mlp),
+        array * ((6 + 5) * width + 3 * heads + 5 * mlp),
+    )
 
 
 def _quantising_bytes(work: Workload) -> Number:

@@ -9,11 +9,10 @@ from consyn_jax.config import RunConfig
 from consyn_jax.model.arithmetic import (
     BYTES_OF_LOGIT,
     FLOAT32,
-    MemoryEstimate,
-    estimate_memory,
     train_flops_per_token,
 )
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
+from consyn_jax.training.runtime.step_memory import MemoryEstimate, estimate_memory
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from consyn_jax.config import BudgetOptions, HardwareOptions
 from consyn_jax.distributed.auto_mesh import Machine, MeshChoice, choose_mesh
 from consyn_jax.distributed.mesh import check_batch, check_model, parse_mesh
 from consyn_jax.distributed.process_group import gather
-from consyn_jax.model.arithmetic import BYTES_OF_LOGIT, estimate_memory
+from consyn_jax.model.arithmetic import BYTES_OF_LOGIT
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 from consyn_jax.optimizer_config import OptimizerOptions
 from consyn_jax.training.runtime.memory import device_bytes
+from consyn_jax.training.runtime.step_memory import estimate_memory
 
 
 @cache
@@ -61,14 +62,13 @@ def choose_run_mesh(
         batch_size, accumulation = devices, 2
     moments = optimizer.moment_bytes if hardware.optimizer_memory == "device" else 0
     remat, logit = hardware.gradient_checkpointing, BYTES_OF_LOGIT[hardware.logits_dtype]
+    # Training reads the GPU's memory from a table to choose the size of loss chunks. The measured
+    # memory differs a little from the table, but gives chunks of the same size.
+    gpu_bytes = 0 if machine.name_of_host == "slice" else machine.memory_bytes
 
     def needed_bytes(sizes: dict[str, int]) -> int:
         batch = (batch_size, accumulation, length)
-        # Training reads the GPU's memory from a table to choose the size of loss chunks. The
-        # measured memory differs a little from the table, but gives chunks of the same size.
-        return estimate_memory(
-            model, sizes, *batch, remat, moments, lora, machine.memory_bytes, logit
-        ).total
+        return estimate_memory(model, sizes, *batch, remat, moments, lora, gpu_bytes, logit).total
 
     if hardware.mesh != "auto":
         choice = MeshChoice(parse_mesh(hardware.mesh, devices), "as requested")

@@ -125,13 +125,21 @@ def test_the_step_fits(name: str, topology: str, changes: dict[str, Any]) -> Non
     assert memory_share(compiled(name, topology, changes), topology) <= FITS
 
 
-@pytest.mark.parametrize(("name", "topology", "changes"), CASES)
-def test_memory_by_arithmetic_agrees_with_the_compiler(
+@pytest.mark.parametrize(("name", "topology", "changes"), [*CASES, *ON_ONE])
+def test_memory_by_arithmetic_is_enough_and_at_most_2_percent_more(
     name: str, topology: str, changes: dict[str, Any]
 ) -> None:
     program = compiled(name, topology, changes)
     plan = estimate(*recipe(name, changes), parse_topology(topology))
-    assert plan.work.memory.total == pytest.approx(program.total_bytes, rel=0.1)
+    assert 1 <= plan.work.memory.total / program.total_bytes <= 1.02
+
+
+@pytest.mark.parametrize(("name", "topology", "changes"), CASES)
+def test_state_by_arithmetic_is_that_of_the_compiler(
+    name: str, topology: str, changes: dict[str, Any]
+) -> None:
+    program = compiled(name, topology, changes)
+    plan = estimate(*recipe(name, changes), parse_topology(topology))
     state = plan.work.memory.parameters + plan.work.memory.moments
     # All devices have copies of the norms, which the arithmetic splits.
     assert state == pytest.approx(program.parameter_bytes + program.optimizer_bytes, rel=5e-3)

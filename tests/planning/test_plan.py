@@ -285,6 +285,22 @@ def test_a_large_gpu_holds_more_logits_at_once() -> None:
     assert logits_at_once(2**31, words=2**18, gpu_bytes=h200) * 6 + 2**31 <= 0.05 * h200
 
 
+@pytest.mark.parametrize("gpu", ["rtx4090", "rtx3090"])
+def test_chunks_on_24_gb_have_2048_tokens(gpu: str) -> None:
+    """131,072 words of 2,048: 5 % of the memory would give chunks of 512 tokens."""
+    words, width, memory = 131_072, 2048, DESCRIBED[gpu].memory_bytes
+    head = 2 * words * width
+    logits = logits_at_once(head, words=words, gpu_bytes=memory)
+    assert (0.05 * memory - head) / (6 * words) < 1024
+    assert chunk_tokens(16_384, words, logits) == 2048
+    assert 6 * logits + head <= memory / 8
+    # A GPU of 8 GB has not the memory, and an unknown one may not have it.
+    for known in (8 * 2**30, 0):
+        less = logits_at_once(head, words=words, gpu_bytes=known)
+        assert chunk_tokens(16_384, words, less) == 512
+        assert 6 * less + head <= 2**30
+
+
 def test_logits_in_bf16_take_a_third_of_the_memory() -> None:
     """Their gradients overwrite them. Small GPUs get larger chunks instead.
 

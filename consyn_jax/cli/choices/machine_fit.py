@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from consyn_jax.config import PRESETS, DataOptions, RunConfig, architecture
 from consyn_jax.errors import UserError
 from consyn_jax.flags import flat
-from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS, cpu_step_bytes, cpu_step_flops
+from consyn_jax.model.arithmetic import CPU_UNROLLED_LAYERS, cpu_step_flops
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.remote.urls import is_bucket_url
 from consyn_jax.resolve import resolve
+from consyn_jax.training.runtime.step_memory import cpu_step_bytes
 
 if TYPE_CHECKING:
     from consyn_jax.cli.choices.model_choice import ModelChoice

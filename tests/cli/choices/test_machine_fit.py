@@ -16,8 +16,8 @@ from consyn_jax.cli.choices.model_choice import ModelChoice, choose_model, with_
 from consyn_jax.cli.train import read_arguments
 from consyn_jax.config import architecture
 from consyn_jax.errors import UserError
-from consyn_jax.model.arithmetic import cpu_step_bytes
 from consyn_jax.resolve import preset_architecture, resolve
+from consyn_jax.training.runtime.step_memory import cpu_step_bytes
 
 # Bytes of a step that XLA's compiler found on a CPU, 2026-11-28: state and temporaries.
 COMPILED = [
