@@ -2,7 +2,10 @@
 
     python benchmarks/cross_entropy.py --out benchmarks/results/NAME.json
 
-Time and memory of the loss and of the gradients of hidden states and head. On a GPU in bfloat16:
+First the kernel of softmax and gradient alone, with logits in float32 and in bfloat16: us, and the
+share of the specified bandwidth if it reads each logit and writes each gradient once.
+
+Then time and memory of the loss and of the gradients of hidden states and head. On a GPU in bfloat16:
 stanza's head, where both fit, with training's chunks and with others; and 65,536 tokens by 131,072
 words, where the logits alone would take 32 GiB. Elsewhere in float32 and small. Temporaries are the
 memory of the compiled program besides its inputs and results; the gradients are results. Errors are
@@ -14,17 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import alternate, parser, repeated, report
+from jax.experimental import pallas
 
+from consyn_jax.distributed.hardware import described_gpu, described_memory
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE
+from consyn_jax.model.kernels.softmax_gradient import softmax_gradient
 from consyn_jax.training.loss import GPU_CHUNKS, Chunks, cross_entropy, head_loss
 
 TRAINING = "as in training"
 SLOWER = 1.03  # at most, with training's chunks, where both fit
+SOFTMAX = (2_048, 49_152)  # tokens and words
 
 
 class Size(NamedTuple):
@@ -57,7 +65,9 @@ def chunked(x: Any, head: Any, labels: Any, mask: Any, chunks: Chunks) -> jax.Ar
 def losses_of(size: Size, on_gpu: bool) -> dict[str, Callable[..., jax.Array]]:
     """The losses to compare, by name."""
     elements = size.tokens * size.words // 16  # small sizes get as many chunks
-    training = GPU_CHUNKS if on_gpu else Chunks(elements)
+    training = Chunks(elements)
+    if on_gpu:
+        training = GPU_CHUNKS._replace(gpu_bytes=described_memory(jax.devices()[0].device_kind))
     losses: dict[str, Callable[..., jax.Array]] = {"all at once": plain} if size.plain_fits else {}
     losses[TRAINING] = partial(chunked, chunks=training)
     others = (LOGITS_AT_ONCE, 4 * LOGITS_AT_ONCE) if on_gpu else (elements // 2, 4 * elements)
@@ -75,17 +85,69 @@ def measure(tiny: bool = False) -> dict[str, Any]:
     """Milliseconds, MB and errors by size and chunk."""
     on_gpu = jax.default_backend() == "gpu" and not tiny
     dtype = jnp.bfloat16 if on_gpu else jnp.float32
-    rows: list[dict[str, Any]] = []
+    rows = measure_softmax(on_gpu, 3 if tiny else 7)
     for name, size in (SIZES if on_gpu else SMALL).items():
         found = measure_size(size, dtype, on_gpu, 3 if tiny else 7)
         rows += [{"head": name, **row} for row in found]
-    first = rows[0]["head"]
-    ratio = next(
-        row["against all at once"]
-        for row in rows
-        if (row["head"], row["logits"]) == (first, TRAINING)
-    )
+    ratio = next(row["against all at once"] for row in rows if row["logits"] == TRAINING)
     return {"rows": rows, "dtype": jnp.dtype(dtype).name, "slower": ratio, "holds": ratio <= SLOWER}
+
+
+def measure_softmax(on_gpu: bool, rounds: int) -> list[dict[str, Any]]:
+    """The rows of the kernel alone. Without a GPU it is interpreted, and small."""
+    (n, words), calls = (SOFTMAX, 50) if on_gpu else ((8, 512), 1)
+    contestants, sizes = {}, {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        name = f"softmax kernel, {jnp.dtype(dtype).name}"
+        contestants[name] = _softmax_turn(n, words, dtype, calls, interpret=not on_gpu)
+        sizes[name] = n * words * (jnp.dtype(dtype).itemsize + jnp.dtype(jnp.bfloat16).itemsize)
+    gpu = described_gpu(jax.devices()[0].device_kind)
+    rows = []
+    for name, times in alternate(contestants, rounds).items():
+        seconds = float(np.median(times)) / calls
+        rate = sizes[name] / seconds
+        rows.append(
+            {
+                "head": f"{n:,} x {words:,}",
+                "logits": name,
+                "us": 1e6 * seconds,
+                "share of bandwidth": rate / gpu.memory_bandwidth if on_gpu and gpu else None,
+            }
+        )
+    return rows
+
+
+def _softmax_turn(
+    n: int, words: int, dtype: Any, calls: int, interpret: bool
+) -> Callable[[], None]:
+    """Make a turn of `calls` calls of the kernel in one program, without any copy between them.
+
+    Each call gets its weights from the one before, so that all are executed. Where the gradient
+    overwrites the logits, it is what the next call reads.
+    """
+    keys = jax.random.split(jax.random.key(0), 2)
+    labels = jax.random.randint(keys[1], (n,), 0, words)
+
+    def call(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits, weights = carry
+        gradient, _, log_z, *_ = softmax_gradient(
+            logits, labels, weights, words, 0.0, 0.0, jnp.bfloat16
+        )
+        return (gradient if dtype == jnp.bfloat16 else logits), log_z
+
+    def turn_of(logits: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.fori_loop(0, calls, call, (logits, weights))
+
+    carry = 3 * jax.random.normal(keys[0], (n, words), dtype), jnp.ones(n)
+    run = partial(pallas.pallas_call, interpret=interpret)
+    with mock.patch.object(pallas, "pallas_call", run):
+        step = jax.jit(turn_of, donate_argnums=(0, 1)).lower(*carry).compile()
+
+    def turn() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(step(*carry))
+
+    return turn
 
 
 def measure_size(size: Size, dtype: Any, on_gpu: bool, rounds: int) -> list[dict[str, Any]]:

@@ -179,6 +179,13 @@ GOALS = (
         at_most=1.03,
     ),
     Goal(
+        "softmax kernel, 2,048 x 49,152 float32 logits: us",
+        "cross_entropy",
+        ("logits", "softmax kernel, float32"),
+        "us",
+        at_most=165,
+    ),
+    Goal(
         "AdamW's update against one pass",
         "optimizer",
         ("optimizer", "adamw"),

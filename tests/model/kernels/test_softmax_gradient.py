@@ -1,6 +1,7 @@
 """The kernel of softmax and gradient, interpreted, against the plain operations."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,17 @@ B, T, D = 4, 24, 16
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpret the kernel, with rows of several blocks."""
+    """Interpret the kernel with few threads, so that a part of a row is read twice."""
     monkeypatch.setattr(pallas, "pallas_call", partial(pallas.pallas_call, interpret=True))
-    monkeypatch.setattr(softmax_gradient, "WIDTH", 64)
+    for name, number in {"THREADS": 4, "KEPT": 24, "KEPT_IN_FEWER": 16, "AT_ONCE": 8}.items():
+        monkeypatch.setattr(softmax_gradient, name, number)
+
+
+@pytest.fixture
+def whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the threads keep whole rows."""
+    for name in ("KEPT", "KEPT_IN_FEWER"):
+        monkeypatch.setattr(softmax_gradient, name, 96)
 
 
 def inputs(words: int) -> tuple[jax.Array, ...]:
@@ -60,6 +69,89 @@ def gradients(
     return jax.jit(jax.value_and_grad(lambda x, head: objective(x, head), (0, 1), has_aux=True))(
         x.astype(dtype), head
     )
+
+
+def logits_like(kind: str, n: int, words: int, rng: np.random.Generator) -> np.ndarray:
+    """Ordinary logits, and those at which a softmax may overflow or divide by zero."""
+    logits = 3 * rng.normal(size=(n, words))
+    if kind == "some at -inf":
+        logits[:, : words // 2] = -np.inf  # whole units of every thread, and what it reads first
+        logits[:, -1] = -np.inf
+    elif kind == "all equal":
+        logits[:] = 7.0
+    elif kind == "all at -1e4":
+        logits -= 1e4
+    elif kind == "to 1e4":
+        logits *= 3_000
+    elif kind == "growing":
+        logits.sort()
+    return logits
+
+
+def exact(
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, smoothing: float, z_loss: float
+) -> tuple[np.ndarray, ...]:
+    """The gradient, the largest logit and log(Z), in float64."""
+    top = logits.max(axis=1)
+    powers = np.exp(logits - top[:, None])
+    log_z = top + np.log(powers.sum(axis=1))
+    share = powers / powers.sum(axis=1, keepdims=True)
+    target = (1 - smoothing) * np.eye(logits.shape[1])[labels] + smoothing / logits.shape[1]
+    gradient = share * (1 + 2 * z_loss * log_z)[:, None] - target
+    return gradient * weights[:, None], top, log_z
+
+
+@pytest.mark.parametrize("rows", ["read twice", "kept"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("extras", [(0.0, 0.0), (0.1, 1e-3)], ids=["plain", "smoothed"])
+@pytest.mark.parametrize(
+    "kind", ["ordinary", "some at -inf", "all equal", "all at -1e4", "to 1e4", "growing"]
+)
+def test_it_is_exact(
+    kind: str,
+    extras: tuple[float, float],
+    dtype: str,
+    rows: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Against float64, with padding, and words that no unit divides."""
+    if rows == "kept":
+        request.getfixturevalue("whole_rows")
+    n, words, vocab_size = 5, 301, 287
+    rng = np.random.default_rng(0)
+    logits = np.full((n, words), np.nan, np.float32)  # padding is never used
+    logits[:, :vocab_size] = logits_like(kind, n, vocab_size, rng)
+    given = jnp.asarray(logits, dtype)
+    real = np.float64(given)[:, :vocab_size]
+    labels = rng.integers(vocab_size // 2, vocab_size - 1, n)
+    weights = np.asarray([1, 0, 1, 0.5, 2])
+    found = softmax_gradient.softmax_gradient(
+        given, jnp.asarray(labels), jnp.asarray(weights), vocab_size, *extras, jnp.dtype(dtype)
+    )
+    gradient, top, log_z, label_logit, mean = (np.float64(a) for a in found)
+    wanted, wanted_top, wanted_log_z = exact(real, labels, weights, *extras)
+    tolerance: dict[str, Any] = {"rtol": 4e-3 if dtype == "bfloat16" else 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(gradient[:, :vocab_size], wanted, **tolerance)
+    assert not gradient[:, vocab_size:].any()
+    np.testing.assert_array_equal(top, wanted_top)
+    np.testing.assert_allclose(log_z, wanted_log_z, rtol=3e-7)
+    np.testing.assert_array_equal(label_logit, real[np.arange(n), labels])
+    if extras[0]:
+        np.testing.assert_allclose(mean, real.mean(axis=1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", [49_152, 50_304, 131_072, 151_936, 259, 128])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_row_is_divided_without_gaps(words: int, itemsize: int, monkeypatch: Any) -> None:
+    monkeypatch.undo()  # the sizes of a GPU
+    kept = softmax_gradient.KEPT
+    row = softmax_gradient.divided(words, words, itemsize, kept)
+    assert (row.units - 1) * row.width < words <= row.units * row.width
+    assert row.streamed % row.at_once == 0
+    assert 0 <= row.streamed < row.units
+    assert (row.units - row.streamed) * row.width <= kept * row.threads
+    assert row.at_once * row.width <= softmax_gradient.AT_ONCE * row.threads
+    assert (row.streamed == 0) == (words <= kept * softmax_gradient.THREADS)
 
 
 @pytest.mark.slow
