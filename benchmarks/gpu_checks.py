@@ -123,7 +123,9 @@ def attention(tiny: bool = False) -> dict[str, Any]:
     backends = [
         name
         for name, backend in BACKENDS.items()
-        if not backend.platforms or (here[0] in backend.platforms and not backend.obstacle(*here))
+        if (not backend.platforms or here[0] in backend.platforms)
+        and capability.startswith(backend.capability)
+        and backend.obstacle(*here) is None
     ]
     rows = []
     for backend, (head_dim, kv_heads) in product(backends, ((64, 4), (128, 2))):

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from harness import ROOT, child_environment, facts, parser, table, write
 
 MODEL, BATCH, STEPS, ROUNDS = "verse", 8, 10, 3
+LIMIT_S = 600.0  # of a process
 PARITY_STEPS, TOLERANCE = 5, 2e-3  # relative; bfloat16 rounds differently on each mesh
 MESHES = (
     "data={n}",
@@ -185,13 +186,7 @@ class Host:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             started.append(subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes))
         with ThreadPoolExecutor(len(started)) as pool:  # all pipes are read, so none fills
-            outputs = list(pool.map(subprocess.Popen.communicate, started))
-        return _first(
-            [
-                (*output, process.returncode)
-                for output, process in zip(outputs, started, strict=True)
-            ]
-        )
+            return _first(list(pool.map(_ended, started)))
 
     def meshes(self) -> list[str]:
         """The meshes of all devices."""
@@ -215,11 +210,24 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def _ended(process: subprocess.Popen[str]) -> tuple[str, str, int]:
+    """Output, errors and exit code of a process, which is killed if it hangs."""
+    try:
+        output, error = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, error = process.communicate()
+        error += f"\nkilled after {LIMIT_S} s"
+    return output, error, process.returncode
+
+
 def _first(ended: list[tuple[str, str, int]]) -> dict[str, Any]:
-    """The answer of the first process, or the last line of the first one that failed."""
-    for _, error, code in ended:
-        if code:
-            return {"failed": (error.strip().splitlines() or ["no output"])[-1][:300]}
+    """The answer of the first process, or the last line of the one that failed by itself."""
+    failed = [
+        (error.strip().splitlines() or ["no output"])[-1][:300] for _, error, code in ended if code
+    ]
+    if failed:  # the others end with an error of the coordination service
+        return {"failed": min(failed, key=lambda line: "oordination" in line)}
     return dict(json.loads(ended[0][0].splitlines()[-1]))
 
 

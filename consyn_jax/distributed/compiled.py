@@ -346,7 +346,7 @@ def _whole_arrays(instruction: Instruction, kind: str) -> tuple[Array, ...]:
     if asynchronous and kind in ("all-gather", "collective-permute"):
         return arrays[half : 2 * half]  # some backends add contexts after a permute's results
     if asynchronous and kind in ("all-reduce", "reduce-scatter"):
-        return arrays[: len(instruction.operands)]  # and then the results
+        return arrays[: len(instruction.operands)]  # the operands; the results follow
     return arrays
 
 

@@ -204,14 +204,6 @@ def _kernel_obstacle(
     )
 
 
-def _hopper_obstacle(
-    platform: str, dtype: Any, head_dim: int, compute_capability: str, dropout: float
-) -> str | None:
-    if not compute_capability.startswith("9."):
-        return "attention for Hopper needs a Hopper GPU"
-    return _kernel_obstacle(platform, dtype, head_dim, compute_capability, dropout)
-
-
 def _splash_obstacle(
     platform: str, dtype: Any, head_dim: int, compute_capability: str, dropout: float
 ) -> str | None:
@@ -262,6 +254,7 @@ class Backend:
         writers: Returns the functions that write 8-bit operands in blocks, for runs in fp8.
         drops_weights: Whether `attend` supports `drop`, the dropout of the attention weights.
         tuned_on: Name and compute capability of the GPUs on which its tiles were chosen.
+        capability: Beginning of the compute capabilities that the backend supports; empty for all.
     """
 
     attend: Callable[..., jax.Array]
@@ -273,10 +266,13 @@ class Backend:
     drops_weights: bool = False
     platforms: tuple[str, ...] = ()
     tuned_on: tuple[str, str] | None = None
+    capability: str = ""
 
     def described(self, compute_capability: str) -> str:
         """Return the description for the header, with what it means for this GPU."""
-        if self.tuned_on is None or compute_capability.startswith(self.tuned_on[1]):
+        if self.tuned_on is None or not compute_capability:
+            return self.description
+        if compute_capability.startswith(self.tuned_on[1]):
             return self.description
         return f"{self.description}, with tiles chosen on {self.tuned_on[0]} and not on this GPU"
 
@@ -296,9 +292,9 @@ BACKENDS = {
     "hopper": replace(
         FUSED,
         attend=partial(_kernel_attention, for_hopper=True),
-        obstacle=_hopper_obstacle,
         description="this package's kernel for Hopper",
         tuned_on=None,
+        capability="9.",
     ),
     "splash": Backend(
         _splash_attention,
@@ -337,12 +333,14 @@ def choose_attention(
         backend = BACKENDS[name]
         if backend.platforms and platform not in backend.platforms:
             continue
+        if not compute_capability.startswith(backend.capability):
+            continue
         obstacle = backend.obstacle(platform, dtype, head_dim, compute_capability, dropout)
         if obstacle is None:
             if backend.platforms:
                 reason = backend.described(compute_capability)
             else:
                 reason = f"the {platform} has no fused kernel"
-            return AttentionChoice(name, "; ".join(obstacles) or reason)
+            return AttentionChoice(name, "; ".join(dict.fromkeys(obstacles)) or reason)
         obstacles.append(obstacle)
     raise AssertionError("the last backend runs everywhere")

@@ -101,7 +101,7 @@ class Training:
         self.stack.callback(compiler.shutdown)
         # Compile the train step while the state is created or restored.
         compiling = compiler.submit(compile_to_fit, run, self.inputs.compile_train_step)
-        tune_alone(compiling, self.path, self.console.warn)
+        self.tuned_s = tune_alone(compiling, self.path, self.console, self.watchdog)
         state = self._begin()
         # No step is left if an earlier start saved its last checkpoint but did not write the model.
         if not after_evaluation.is_over(self.progress, self.total_steps, run.evaluation):
@@ -138,7 +138,7 @@ class Training:
             state = self.program.initial_state(inputs.make_parameters(self.program.mesh))
         self.facts = write_beginning(inputs, self.opened, self.progress.step)
         self.progress.run = self.directory.record.run
-        parts = self.opened, self.progress, self.resumed, self.facts, self.stack
+        parts = self.opened, self.progress, self.resumed, self.facts, self.stack, self.tuned_s
         self.recorder, self.report, lost_lines = open_records(inputs, *parts)
         if self.resumed is not None:
             self.recorder.ended_passes(resumed=True)

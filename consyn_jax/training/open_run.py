@@ -177,19 +177,20 @@ def open_records(
     resumed: int | None,
     facts: RunFacts | None,
     stack: ExitStack,
+    tuned_s: float = 0.0,
 ) -> tuple[Recorder, LiveReport, dict[str, int]]:
     """Open the log, the callbacks and the page of the run, and rewind them to the step `resumed`.
 
     Args:
         facts: Provenance facts of the run; None in processes that do not write.
         stack: Stack that closes the resources and writes the final page, however the run ends.
+        tuned_s: Seconds for which the run has waited for its compiler.
 
     Returns:
         The recorder, the page, and details of lost log lines for the event `resume`.
     """
     run, path, warn = inputs.run, opened.directory.path, opened.console.warn
-    log, lines = None, list[dict[str, Any]]()
-    lost_lines: dict[str, int] = {}
+    log, lines, lost_lines = None, list[dict[str, Any]](), dict[str, int]()
     activities = ActivityClock()
     if opened.writes:
         log = MetricsLog(path, opened.directory.check_for_line, warn, inputs.began)
@@ -199,21 +200,25 @@ def open_records(
         lines = read_metrics(log.path)
         earlier = earlier_activities(lines)
         # The log's clock includes the preparation of data and model, which counts as "other".
-        since = log.time_s - sum(earlier.values())
-        activities.begin(earlier | {"other": earlier.get("other", 0.0) + since})
+        new = {"compiling": tuned_s, "other": log.time_s - sum(earlier.values()) - tuned_s}
+        activities.begin(earlier | {name: earlier.get(name, 0.0) + new[name] for name in new})
     if inputs.exports_model:
         beginning.forget_missing_best(progress, path)
     callbacks = _open_callbacks(inputs, opened, progress, resumed)
     opened.watchdog.entered = partial(_enter, activities, opened.console)
     parts = (progress, inputs.lengths, opened.console, log, callbacks, newest_values(lines))
-    rate, advised = inputs.program.learning_rate, _advised(inputs)
-    recorder = Recorder(*parts, rate, advised, activities=activities)
+    settings = inputs.program.learning_rate, _advised(inputs)
+    recorder = Recorder(*parts, *settings, activities=activities)
     _measure(recorder, inputs, opened)
     recorder.history = History(lines)
-    made_with = [] if facts is None else facts.made_with()
     command = command_rows(flat(run), inputs.origins)
-    start = ("started" if resumed is None else "resumed", now())
-    about = [*inputs.header, *made_with, *command, start]
+    start = "started" if resumed is None else "resumed"
+    about = [
+        *inputs.header,
+        *([] if facts is None else facts.made_with()),
+        *command,
+        (start, now()),
+    ]
     told = flat(run), inputs.origins, about, opened.console.left_s
     report = LiveReport(opened.directory, recorder, *told)
     callbacks.run.samples = report.samples

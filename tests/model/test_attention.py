@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consyn_jax.distributed.mesh import AXES, build_mesh
+from consyn_jax.model import attention
 from consyn_jax.model.attention import CHOSEN, causal_attention, choose_attention
 from consyn_jax.model.kernels.reference_attention import attend, documents
 
@@ -137,3 +138,20 @@ def test_the_backend_is_chosen_with_a_reason(
     assert choice.backend == backend
     assert words in choice.reason
     assert ("tiles" in choice.reason) == ("tiles" in words)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "backend", "reason"),
+    [
+        ("9.0", jnp.bfloat16, "hopper", "this package's kernel for Hopper"),
+        ("8.0", jnp.bfloat16, "fused", "tiles chosen on Hopper and not on this GPU"),
+        ("9.0", jnp.float32, "xla", "needs bf16 or fp16"),
+    ],
+)
+def test_a_backend_for_one_kind_of_gpu_changes_nothing_for_others(
+    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: Any, backend: str, reason: str
+) -> None:
+    monkeypatch.setattr(attention, "CHOSEN", ("hopper", *CHOSEN))
+    choice = choose_attention("gpu", dtype, 64, capability)
+    assert (choice.backend, choice.reason.count(reason)) == (backend, 1)
+    assert ("Hopper" in choice.reason) == ("Hopper" in reason)

@@ -7,6 +7,10 @@ import re
 from consyn_jax.distributed.compiled import BYTES, Array, Instruction, kernel_name
 
 Shape = tuple[int, ...]
+# In the assembler's report on a kernel: bytes of the stack frame, spilled bytes, registers.
+RESOURCES = re.compile(
+    r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.S
+)
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 

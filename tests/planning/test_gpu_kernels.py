@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from analyses import array_shapes
+from analyses import RESOURCES, array_shapes
 from recipes import IS_NEWEST, ONE_LAYER, STANZA, STEPS, VERSE, dumped, recipe
 
 from consyn_jax.distributed.auto_mesh import FITS
@@ -47,9 +47,6 @@ SPILLED = {
     **{(STANZA, gpu, FORWARD): (432, 416) for gpu in ("rtx4090", "rtx3090", "l40s")},
     **{(STANZA, gpu, KEYS): (12, 12) for gpu in ("rtx4090", "rtx3090", "l40s")},
 }
-RESOURCES = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.S
-)
 
 
 def ptxas() -> Path:

@@ -1,4 +1,4 @@
-"""The step with attention in Mosaic GPU, compiled for an H200: which kernels run, and their resources."""
+"""The step with attention in Mosaic GPU, compiled for an H200: its kernels and their resources."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-from recipes import STANZA, VERSE, dumped, run_apart
+from analyses import RESOURCES
+from recipes import ONE_LAYER, STANZA, VERSE, dumped, run_apart
 
 pytestmark = pytest.mark.usefixtures("cuda_packages")
 
-CHANGES = {"num_layers": 1, "batch_size": 4, "gradient_accumulation_steps": 1}
 KERNELS = ("forward", "queries", "keys")
 COMPILE = """
 import json, sys
@@ -22,6 +22,7 @@ sys.path.insert(0, {tests!r})
 from consyn_jax.model import attention
 from consyn_jax.planning.aot import build, lower, summary
 from consyn_jax.planning.topology import parse_topology
+from analyses import RESOURCES
 from recipes import recipe
 
 attention.CHOSEN = ("hopper",)
@@ -31,9 +32,6 @@ built = build(model, run, topology)
 done = lower(built, run).compile()
 print(json.dumps(asdict(summary(built, done, topology))))
 """
-RESOURCES = re.compile(
-    r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.S
-)
 
 
 class Step(NamedTuple):
@@ -52,7 +50,7 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     request_dumps = {"MOSAIC_GPU_DUMP_TO": str(place)} | dict.fromkeys(
         ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"), "1"
     )
-    code = COMPILE.format(tests=str(Path(__file__).parent), name=request.param, changes=CHANGES)
+    code = COMPILE.format(tests=str(Path(__file__).parent), name=request.param, changes=ONE_LAYER)
     with mock.patch.dict(os.environ, request_dumps):
         summary = json.loads(run_apart(code).stdout.splitlines()[-1])
     ptx, report = (
@@ -79,11 +77,12 @@ def test_a_kernel_spills_nothing_and_adds_nothing_atomically(step: Step, kernel:
     assert resources is not None, step.report[kernel]
     stack, spilled, registers = map(int, resources.groups())
     assert (stack, spilled) == (0, 0)
-    # Three warpgroups or one: a multiprocessor has 65,536 registers, and two programs that hold keys.
+    # A multiprocessor has 65,536 registers, for three warpgroups or two programs that hold keys.
     assert registers <= (255 if kernel == "keys" else 168)
     code = step.code[kernel]
     assert "wgmma.mma_async" in code
     assert "cp.async.bulk.tensor" in code  # copies by TMA
+    assert "serialized" not in step.report[kernel]  # else each product is waited for at once
     assert re.findall(r"\b(?:atom|red)\.(?!async)\S+", code) == []
 
 

@@ -179,7 +179,7 @@ def test_the_records_of_a_run_begin_at_its_step(
     opened.console = Mock(spec=Console)
     opened.coordinator, opened.checkpoints = Mock(), Mock()
     progress, stack = Progress(step=8, tokens=64), Mock(spec=ExitStack)
-    found = module.open_records(inputs, opened, progress, resumed, None, stack)
+    found = module.open_records(inputs, opened, progress, resumed, None, stack, 7.0)
     assert found[2] == {"lost": 3}
     warn, directory = opened.console.warn, opened.directory
     parts["MetricsLog"].assert_called_once_with(
@@ -187,7 +187,8 @@ def test_the_records_of_a_run_begin_at_its_step(
     )
     beginning.rewind.assert_called_once_with(log, directory, -1 if resumed is None else 8, warn)
     beginning.forget_missing_best.assert_called_once_with(progress, directory.path)
-    clock.begin.assert_called_once_with(earlier | {"other": 50.0 - earlier.get("steps", 0.0)})
+    other = 50.0 - 7.0 - earlier.get("steps", 0.0)
+    clock.begin.assert_called_once_with(earlier | {"other": other, "compiling": 7.0})
     assert parts["Recorder"].call_args.kwargs["activities"] is clock
     view = parts["RunView"].call_args
     assert view.args == (directory.path, directory.record.run, flat(run), 10, resumed)

@@ -22,12 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from consyn_jax.model.kernels.visible_blocks import over_blocks, seeing_queries, visible_keys
+from consyn_jax.model.kernels.visible_blocks import NEVER, over_blocks, seeing_queries, visible_keys
 from consyn_jax.model.rematerialisation import KERNEL_RESIDUALS
-
-# Score of a masked key. It is finite, so that a block in which all keys are masked gives no NaN,
-# and a power of two, so that scaling does not round it.
-NEVER = -(2.0**100)
 
 
 @dataclass(frozen=True)
@@ -215,11 +211,10 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 
 def _own_rows(own: int, position: Any) -> Any:
-    """Return the rows of a program's results, in a form that the compiler cannot compute early.
+    """Return the rows of a program's results, hidden from the compiler.
 
-    They are the rows of its inputs. A compiler that sees this computes both addresses at once, and
-    keeps those of the results in registers during the loops, where heads of 128 need every
-    register: others are then spilled.
+    They are the rows of its inputs. If the compiler knew this, it would compute both addresses
+    before the loops and keep them in registers, and kernels for heads of 128 would spill.
 
     Args:
         position: Any position that was read from memory, so never negative, which the compiler does

@@ -41,12 +41,9 @@ class Readings(NamedTuple):
     keys: Reading
 
 
-# By head width. Chosen by what the compiler says: no registers are spilled, and the blocks fit into
-# shared memory, for the kernel that holds keys twice. No GPU has run them.
-READINGS = {
-    64: Readings(Reading(128, 2), Reading(64, 2), Reading(64, 2)),
-    128: Readings(Reading(128, 2), Reading(64, 2), Reading(64, 2)),
-}
+# Chosen without a GPU: with heads of 64 and of 128 the compiler spills no registers, all blocks fit
+# into shared memory, and two programs of the kernel that holds keys fit into one multiprocessor.
+READINGS = Readings(Reading(128, 2), Reading(64, 2), Reading(64, 2))
 
 
 def hopper_attention(
@@ -56,27 +53,16 @@ def hopper_attention(
     first_key_BT: Int[Array, "B T"],
     last_query_BS: Int[Array, "B S"],
     first_position: Int[Array, ""] | int = 0,
-    readings: Readings | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped heads, scores scaled by H**-0.5, in bfloat16 or float16.
 
-    The query at position p attends to the keys s with first_key[p] <= s <= p.
-
-    Args:
-        first_key_BT: Position of the first key that each query attends to; must not decrease along
-            T.
-        last_query_BS: Position of the last query that attends to each key; must agree with
-            `first_key_BT`, and must not decrease along S.
-        first_position: Position of the first query. It is above 0 if this device holds only a later
-            section of the queries.
-        readings: Block sizes; by default those in `READINGS`.
+    The arguments are those of `document_attention`. Needs JAX 0.10 or newer.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    readings = readings or READINGS[64 if H <= 64 else 128]
     # Padding does not change the result: padded keys come after all real queries, the gradients of
     # padded queries are zero, and padding of a head adds zeros to its sums.
-    queries = math.lcm(QUERIES, readings.keys.step)
-    keys = math.lcm(KEYS, readings.forward.step, readings.queries.step)
+    queries = math.lcm(QUERIES, READINGS.keys.step)
+    keys = math.lcm(KEYS, READINGS.forward.step, READINGS.queries.step)
     q = _padded(q_BTNH, queries)
     k, v = _padded(k_BSKH, keys), _padded(v_BSKH, keys)
     first_key, last_query = (
@@ -84,21 +70,21 @@ def hopper_attention(
         for a, size in ((first_key_BT, queries), (last_query_BS, keys))
     )
     offset = jnp.asarray(first_position, jnp.int32).reshape(1)
-    return _attention(q, k, v, first_key, last_query, offset, H**-0.5, readings)[:, :T, :, :H]
+    return _attention(q, k, v, first_key, last_query, offset, H**-0.5)[:, :T, :, :H]
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % length), (0, 0), (0, -x.shape[3] % 64)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attention(q, k, v, first_key, last_query, offset, scale, readings) -> jax.Array:
-    return _forward(q, k, v, first_key, last_query, offset, scale, readings)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, first_key, last_query, offset, scale) -> jax.Array:
+    return _forward(q, k, v, first_key, last_query, offset, scale)[0]
 
 
-def _forward(q, k, v, first_key, last_query, offset, scale, readings) -> Any:
+def _forward(q, k, v, first_key, last_query, offset, scale) -> Any:
     B, T, N, _ = q.shape
-    reading = readings.forward
+    reading = READINGS.forward
     blocks = _visible_keys(first_key, offset, reading.step, k.shape[1])
     scratch = [
         _rows_of(q, 2),
@@ -118,7 +104,7 @@ def _forward(q, k, v, first_key, last_query, offset, scale, readings) -> Any:
     return out, (q, k, v, first_key, last_query, offset, out, log_sum)
 
 
-def _backward(scale: float, readings: Readings, saved: Any, dout: jax.Array) -> Any:
+def _backward(scale: float, saved: Any, dout: jax.Array) -> Any:
     q, k, v, first_key, last_query, offset, out, log_sum = saved
     B, T, N, _ = q.shape
     S, K = k.shape[1:3]
@@ -126,7 +112,7 @@ def _backward(scale: float, readings: Readings, saved: Any, dout: jax.Array) -> 
     product = out.astype(jnp.float32) * dout.astype(jnp.float32)
     rest = offset, dout, log_sum, jnp.sum(product, axis=-1).transpose(0, 2, 1)
 
-    reading = readings.queries
+    reading = READINGS.queries
     blocks = _visible_keys(first_key, offset, reading.step, S)
     dq = _kernel(
         partial(kernels.queries, reading=reading, **scales),
@@ -137,7 +123,7 @@ def _backward(scale: float, readings: Readings, saved: Any, dout: jax.Array) -> 
         **WARPGROUPS,
     )(Operands(q, k, v, first_key, blocks, *rest))
 
-    reading = readings.keys
+    reading = READINGS.keys
     blocks = _seeing_queries(last_query, offset, reading.step, T)
     dk, dv = _kernel(
         partial(kernels.keys, reading=reading, **scales),

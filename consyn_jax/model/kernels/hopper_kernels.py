@@ -5,8 +5,9 @@ operand is in shared memory, to which its blocks are copied (TMA) while earlier 
 
 In the kernels that hold queries, a program has three warpgroups. Two multiply, and share the blocks
 of keys. In the forward pass they take turns: the tensor cores work for one while the other computes
-exponentials. The third only copies. The kernel that holds keys sums twice as much, in all registers
-that a thread can have, so its programs have one warpgroup, and two of them share a multiprocessor.
+exponentials. The third only copies. The kernel that holds keys has two sums, twice the registers.
+So its programs have one warpgroup, whose threads can have 255 registers each, and two programs
+share a multiprocessor.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from consyn_jax.model.kernels.document_attention import NEVER
-from consyn_jax.model.kernels.visible_blocks import Blocks
+from consyn_jax.model.kernels.visible_blocks import NEVER, Blocks
 
-ROWS = 64  # of a warpgroup: the number of rows of one wgmma
-QUERIES, KEYS = 2 * ROWS, ROWS  # of a program that holds queries, and of one that holds keys
-WARPGROUPS = {"num_threads": 3, "thread_name": "warpgroup"}  # of a program that holds queries
+ROWS = 64  # rows of a warpgroup, as many as one wgmma has
+QUERIES, KEYS = 2 * ROWS, ROWS  # rows of a program that holds queries, and of one that holds keys
+WARPGROUPS = {"num_threads": 3, "thread_name": "warpgroup"}  # for programs that hold queries
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 IN_TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # what wgmma reads
@@ -37,7 +37,8 @@ class Reading:
 
     Attributes:
         step: Number of keys per block. The kernel that holds keys reads `step` queries instead.
-        stages: Number of blocks in shared memory.
+        stages: Number of blocks in shared memory; at least 2 in the forward pass, whose warpgroups
+            are half a block apart.
     """
 
     step: int
@@ -202,7 +203,7 @@ def forward(given, out_ref, log_sum_ref, q_smems, sum_smems, arrived, turn, *, s
     at, H = _place(given.blocks, QUERIES), given.q.shape[3]
     shape, q_smem = (ROWS, reading.step), q_smems.at[at.group]
 
-    def take_turn():
+    def take_turn():  # each warpgroup 2 n + 1 times for n blocks
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
@@ -214,10 +215,10 @@ def forward(given, out_ref, log_sum_ref, q_smems, sum_smems, arrived, turn, *, s
         top = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), PER_ROW)
         acc, total, top, _ = run((_zeros(ROWS, H), _zeros(ROWS), top, first_key))
         pl.when(at.group == 0)(take_turn)
-        sum_smem = sum_smems.at[at.group]
-        sum_smem[...] = top * scale + jnp.log2(total)
+        sum_smems[at.group] = top * scale + jnp.log2(total)
         _write(acc / _along(total, acc.shape, 0), q_smem, at, out_ref)
-        plgpu.copy_smem_to_gmem(sum_smem, log_sum_ref.at[at.row, at.head, pl.ds(at.first, ROWS)])
+        sums_ref = log_sum_ref.at[at.row, at.head, pl.ds(at.first, ROWS)]
+        plgpu.copy_smem_to_gmem(sum_smems.at[at.group], sums_ref)
         plgpu.wait_smem_to_gmem(0)
 
     def block(index, k_smem, v_smem, k_is_free, v_is_free, carry):
@@ -311,7 +312,8 @@ def keys(given, dk_ref, dv_ref, k_smem, v_smem, arrived, *, scale, outer_scale, 
         pairs = (k_smem, q_smem), (v_smem, dout_smem)
         weights, dweights = _weights_and_gradients(shape, *pairs, weights_of)
         correction = _along(_load(correction_smem, PER_COLUMN), shape, 1)
-        plgpu.commit_smem()  # all threads have read the sums before the next ones are copied there
+        # JAX's interpreter does not know that a copy waits for all threads to have read.
+        plgpu.commit_smem()
 
         def add(accumulators):
             dk, dv = accumulators
@@ -321,13 +323,12 @@ def keys(given, dk_ref, dv_ref, k_smem, v_smem, arrived, *, scale, outer_scale, 
 
         return pl.run_state(add)(tuple(map(plgpu.ACC.init, carry)))
 
-    def head(n):
-        return at.head * group + n
-
     rows = plgpu.BlockSpec(
-        (step, None, H), lambda i, n: (at.blocks.start + i, head(n), 0), transforms=IN_TILES
+        (step, None, H),
+        lambda i, n: (at.blocks.start + i, at.head * group + n, 0),
+        transforms=IN_TILES,
     )
-    sums = plgpu.BlockSpec((None, step), lambda i, n: (head(n), at.blocks.start + i))
+    sums = plgpu.BlockSpec((None, step), lambda i, n: (at.head * group + n, at.blocks.start + i))
     dk, dv = plgpu.emit_pipeline(
         block,
         grid=(at.blocks.stop - at.blocks.start, group),

@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Score of a masked key. It is finite, so that a block in which all keys are masked gives no NaN,
+# and a power of two, so that scaling does not round it.
+NEVER = -(2.0**100)
+
 
 class Blocks(NamedTuple):
     """Two half-open ranges of blocks.
@@ -41,38 +45,36 @@ def over_blocks(blocks: Blocks, block: Any, carry: Any) -> Any:
     )
 
 
-def visible_keys(first_key_ref: Any, first: Any, step: int, num_keys: int) -> Blocks:
+def visible_keys(first_key: Any, first: Any, step: int, num_keys: int) -> Blocks:
     """The blocks of keys to which a tile of queries attends.
 
     Args:
-        first_key_ref: For each query of the tile, the position of the first key that it attends to.
+        first_key: For each query of the tile, the position of the first key that it attends to.
         first: Position of the tile's first query.
         step: Keys per block.
     """
-    own = first_key_ref.shape[0]
-    earliest, latest = first_key_ref[0], first_key_ref[own - 1]
+    own = first_key.shape[0]
+    earliest, latest = first_key[0], first_key[own - 1]
     last = first + own - 1
     stop = jnp.minimum(last // step + 1, num_keys // step)
     return Blocks(earliest // step, stop, (latest + step - 1) // step, (first + 1) // step)
 
 
-def seeing_queries(
-    last_query_ref: Any, first: Any, offset: Any, step: int, num_queries: int
-) -> Blocks:
+def seeing_queries(last_query: Any, first: Any, offset: Any, step: int, num_queries: int) -> Blocks:
     """The blocks of queries that attend to a tile of keys.
 
     On a mesh with a `context` axis, there may be none: all queries of the device may come before or
     after these keys.
 
     Args:
-        last_query_ref: Position of the last query that attends to each key of the tile.
+        last_query: Position of the last query that attends to each key of the tile.
         first: Position of the tile's first key.
         offset: Position of the device's first query.
         step: Queries per block.
     """
-    own = last_query_ref.shape[0]
+    own = last_query.shape[0]
     start = jnp.maximum(first - offset, 0) // step
-    stop = jnp.clip((last_query_ref[own - 1] - offset) // step + 1, start, num_queries // step)
+    stop = jnp.clip((last_query[own - 1] - offset) // step + 1, start, num_queries // step)
     whole_start = (jnp.maximum(first + own - 1 - offset, 0) + step - 1) // step
-    whole_stop = jnp.maximum(last_query_ref[0] + 1 - offset, 0) // step
+    whole_stop = jnp.maximum(last_query[0] + 1 - offset, 0) // step
     return Blocks(start, stop, whole_start, whole_stop)

@@ -20,7 +20,7 @@ COLLECTIVES, MATMULS, OTHER = "collectives", "matmuls", "other"
 # Pattern of a kernel's name -> part, for kernels whose operation is not in the trace. This happens
 # in command buffers (CUDA graphs).
 KERNELS = {
-    "document_attention|hopper_attention": "attention",
+    "(document|hopper)_attention": "attention",
     "softmax_gradient": "head",
     "norm_rope|branched_norm|added_norm|eight_bit_norm": "norm",
     "eight_bit_swiglu": "mlp",
@@ -231,7 +231,7 @@ def _largest(
         found[operation.name, operation.part, operation.title].append(operation.own)
     large, bounded = [], set[tuple[str, str]]()
     for (name, part, title), spent in sorted(found.items(), key=lambda each: -sum(each[1])):
-        # Of an operation with several kernels, the longest one gets the bound.
+        # If an operation runs several kernels, the longest one gets the bound of all of them.
         least = None if (name, part) in bounded else bounds.get((name, part))
         bounded.add((name, part))
         large.append(LargeOperation(title, part, sum(spent) / 1e9, len(spent), least))

@@ -98,6 +98,13 @@ def _is_choice(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and not name.startswith("tmp/")
 
 
+def names_of_choices() -> set[str]:
+    """Return the names of the choices in this machine's cache."""
+    options: Any = jax.config
+    programs = options.jax_compilation_cache_dir
+    return {name for name, _ in _files(Path(programs) / CHOICES)} if programs else set()
+
+
 def keep_kernels(run_directory: Path) -> None:
     """Write the kernel choices in this machine's cache to kernels.json, if they have changed.
 

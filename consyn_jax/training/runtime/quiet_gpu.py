@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,43 @@ import jax
 
 from consyn_jax.distributed.gpu_clocks import open_nvml
 from consyn_jax.distributed.visible_gpus import visible_gpus
-from consyn_jax.training.runtime.kernel_choices import CHOICES, read_kernels
+from consyn_jax.training.logging.console import Console
+from consyn_jax.training.runtime.kernel_choices import names_of_choices, read_kernels
+from consyn_jax.training.runtime.watchdog import COMPILING, Watchdog
 
 
-def tune_alone(compiling: Future[Any], run_directory: Path, warn: Callable[[str], object]) -> None:
+def tune_alone(
+    compiling: Future[Any], run_directory: Path, console: Console, watchdog: Watchdog
+) -> float:
     """Wait for the compiler if it times kernels, and warn if another process disturbs that.
 
     On a CPU, and where the run's choices are kept, nothing is timed, and the state can be created
     or restored meanwhile.
+
+    Returns:
+        Seconds of waiting.
+
+    Raises:
+        Exception: The compiler's error, such as a step that does not fit into memory. The run then
+            ends before its state is created.
     """
     if jax.default_backend() != "gpu" or read_kernels(run_directory) is not None:
-        return
-    # Of several processes of a run, each may see the GPUs of the others.
+        return 0.0
+    console.enter(COMPILING, is_told=True)
+    watchdog.at(COMPILING, 0)
+    # A process of a larger run may see the GPUs of the other processes, so it does not look.
     gpus = visible_gpus() if jax.process_count() == 1 else []
-    before = other_processes(gpus)
-    wait([compiling])
-    if found := before or other_processes(gpus):
+    began, chosen, others = time.monotonic(), names_of_choices(), other_processes(gpus)
+    compiling.result()
+    others = others or other_processes(gpus)
+    if others and names_of_choices() - chosen:
         options: Any = jax.config
-        kept = options.jax_compilation_cache_dir
-        delete = f"delete {Path(kept) / CHOICES} and " if kept else ""
-        warn(
-            f"Process {found[0]} also used a GPU of this run while XLA timed kernels to choose the "
-            f"fastest, so slow ones may have been chosen. To choose again, end that process, "
-            f"{delete}start again with --overwrite."
+        console.warn(
+            f"Process {others[0]} used the same GPU while XLA timed kernels for this run, so slow "
+            "ones may have been chosen. To choose again, end that process, delete "
+            f"{options.jax_compilation_cache_dir}, and start again with --overwrite."
         )
+    return time.monotonic() - began
 
 
 def other_processes(gpus: Sequence[str]) -> list[int]:

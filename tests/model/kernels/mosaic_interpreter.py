@@ -1,7 +1,8 @@
 """JAX's interpreter of Mosaic GPU kernels, with the two operations that it lacks in JAX 0.12.0.
 
 It runs the warpgroups of a program as threads, with their barriers and asynchronous copies, and
-finds races between them. What it lacks is `wgmma` with an operand in registers, and `pl.run_state`,
+finds races between copies and ordinary reads and writes. It runs `wgmma` at once and does not check
+what it reads. What it lacks is `wgmma` with an operand in registers, and `pl.run_state`,
 by which a kernel adds to an accumulator.
 """
 
@@ -15,7 +16,7 @@ import jax
 from jax._src import callback
 from jax._src.pallas import primitives
 from jax._src.pallas.mosaic_gpu import core
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret as interpreter
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
@@ -38,10 +39,9 @@ def interpreted() -> Iterator[None]:
         mock.patch.object(Interpreter, "interpret", _interpret),
         mock.patch.object(Interpreter, "_interpret_run_scoped_p", _run_scoped),
         mock.patch.object(Interpreter, "_interpret_wgmma_ref_p", _wgmma),
-        force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)),
+        force_gpu_interpret_mode(InterpretGPUParams(detect_races=True, on_race="raise")),
     ):
         yield
-    assert not interpret_pallas_call.get_races().races_found
 
 
 def _interpret(self: Any, jaxpr: Any, token: Any, *args: Any) -> Any:

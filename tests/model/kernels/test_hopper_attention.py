@@ -75,14 +75,14 @@ def errors(found: Arrays, expected: Arrays) -> list[float]:
 def test_output_and_gradients_equal_the_reference(
     T: int, N: int, K: int, H: int, lengths: Any, window: int | None
 ) -> None:
-    """Also, no two threads race for shared memory."""
+    """Also, no copy races with an ordinary read or write."""
     found, expected = both(inputs(T, T, N, K, H), lengths, window, 0)
     assert max(errors(found, expected)) < BF16
 
 
 @pytest.mark.parametrize("first", [0, 200])
 def test_part_of_the_queries_gives_its_part_of_the_gradients(first: int) -> None:
-    """As on a mesh with a `context` axis: some keys come after all queries, or before their documents."""
+    """As with a `context` axis: some keys come after all queries or before their documents."""
     found, expected = both(inputs(128, 384, 2, 1, 64), (170, 100), 90, first)
     assert max(errors(found, expected)) < BF16
 

@@ -3,17 +3,21 @@
 import os
 import sys
 import types
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
 
+from consyn_jax.training.logging.console import Console
 from consyn_jax.training.runtime import quiet_gpu
 from consyn_jax.training.runtime.kernel_choices import KERNELS
 from consyn_jax.training.runtime.quiet_gpu import other_processes, tune_alone
+from consyn_jax.training.runtime.watchdog import Watchdog
 
 
 class NVMLError(Exception):
@@ -60,43 +64,51 @@ def test_nothing_is_known_of_a_gpu_that_cannot_be_asked(users: dict[str, list[in
     assert other_processes(["GPU-0", "GPU-9"]) == []
 
 
-def run(directory: Path) -> tuple[bool, list[str]]:
-    """Whether the compiler had ended when `tune_alone` came back, and what it warned of."""
-    said: list[str] = []
-    may_end = Event()
+def run(directory: Path, waits: bool, compiles: Callable[[], object] = lambda: None) -> list[str]:
+    """What `tune_alone` warns of; checks whether it waits for the compiler.
+
+    Args:
+        compiles: What the compiler does at its end.
+    """
+    console, watchdog, may_end = Mock(spec=Console), Mock(spec=Watchdog), Event()
     with ThreadPoolExecutor(2) as pool:
-        compiling: Future[Any] = pool.submit(may_end.wait)
-        waiting = pool.submit(tune_alone, compiling, directory, said.append)
-        came_back = not wait_a_little(waiting)
-        may_end.set()
-        waiting.result()
-    return not came_back, said
-
-
-def wait_a_little(future: Future[Any]) -> bool:
-    """Whether a future is still running after a moment in which it could have ended."""
-    try:
-        future.result(0.3)
-    except TimeoutError:
-        return True
-    return False
+        compiling: Future[Any] = pool.submit(lambda: may_end.wait() and compiles())
+        tuning = pool.submit(tune_alone, compiling, directory, console, watchdog)
+        try:
+            assert wait([tuning], 0.3 if waits else 60).done == (set() if waits else {tuning})
+        finally:
+            may_end.set()
+        assert (tuning.result() > 0) == waits
+    return [call.args[0] for call in console.warn.call_args_list]
 
 
 def test_on_a_gpu_the_state_waits_for_the_tuning(
     users: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    choices = {"gemm.textproto"}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert run(tmp_path) == (True, [])
+    monkeypatch.setattr(quiet_gpu, "names_of_choices", choices.copy)
+    assert run(tmp_path, True, lambda: choices.add("1.textproto")) == []
     users["GPU-1"].append(4321)
-    waited, [sentence] = run(tmp_path)
-    assert waited
-    assert "Process 4321 also used a GPU of this run" in sentence
+    [sentence] = run(tmp_path, True, lambda: choices.add("2.textproto"))
+    assert "Process 4321 used the same GPU while XLA timed kernels" in sentence
+    assert run(tmp_path, True) == []  # the program was kept, and nothing timed
     (tmp_path / KERNELS).write_text('{"made_with": {}, "choices": {}}', encoding="utf-8")
-    assert run(tmp_path) == (False, [])  # kept choices are not timed again
+    assert run(tmp_path, False) == []  # kept choices are not timed again
+
+
+def test_a_step_that_does_not_fit_ends_the_run_before_its_state_is_created(
+    users: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    failed: Future[Any] = Future()
+    failed.set_exception(MemoryError("too large"))
+    with pytest.raises(MemoryError, match="too large"):
+        tune_alone(failed, tmp_path, Mock(spec=Console), Mock(spec=Watchdog))
 
 
 def test_on_a_cpu_the_state_is_created_meanwhile(
     users: dict[str, list[int]], tmp_path: Path
 ) -> None:
     users["GPU-1"].append(4321)
-    assert run(tmp_path) == (False, [])
+    assert run(tmp_path, False) == []
