@@ -198,10 +198,7 @@ def open_records(
         step = -1 if resumed is None else resumed
         lost_lines = beginning.rewind(log, opened.directory, step, warn)
         lines = read_metrics(log.path)
-        earlier = earlier_activities(lines)
-        # The log's clock includes the preparation of data and model, which counts as "other".
-        new = {"compiling": tuned_s, "other": log.time_s - sum(earlier.values()) - tuned_s}
-        activities.begin(earlier | {name: earlier.get(name, 0.0) + new[name] for name in new})
+        activities.begin(_until_now(log, lines, tuned_s))
     if inputs.exports_model:
         beginning.forget_missing_best(progress, path)
     callbacks = _open_callbacks(inputs, opened, progress, resumed)
@@ -225,6 +222,16 @@ def open_records(
     stack.callback(lambda: callbacks.end(ending(recorder.history.events)))
     stack.callback(report.close)
     return recorder, report, lost_lines
+
+
+def _until_now(log: MetricsLog, lines: list[dict[str, Any]], tuned_s: float) -> dict[str, float]:
+    """Seconds of each activity until now.
+
+    The log's clock includes the preparation of data and model, which counts as "other".
+    """
+    earlier = earlier_activities(lines)
+    new = {"compiling": tuned_s, "other": log.time_s - sum(earlier.values()) - tuned_s}
+    return earlier | {name: earlier.get(name, 0.0) + new[name] for name in new}
 
 
 def _open_callbacks(
