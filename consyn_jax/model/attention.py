@@ -221,20 +221,29 @@ def _kernel_norms(head_dim: int) -> Norms:
     Where `head_dim` is not a power of two of at least 16, `norm_then_rope` replaces `norm_rope`.
     """
     from consyn_jax.model.kernels.branched_norm import branched_norm
-    from consyn_jax.model.kernels.norm_rope import norm_rope
+    from consyn_jax.model.kernels.norm_rope import fits, norm_rope
 
-    fits = head_dim >= 16 and head_dim.bit_count() == 1
-    return Norms(branched_norm, norm_rope if fits else norm_then_rope, merges=True)
+    return Norms(branched_norm, norm_rope if fits(head_dim) else norm_then_rope, merges=True)
 
 
-def _kernel_writers() -> Writers:
-    """Return the kernels that write 8-bit operands."""
-    from consyn_jax.model.kernels import eight_bit_swiglu as swiglu
-    from consyn_jax.model.kernels.branched_norm import branched_norm_gradients
+def _kernel_writers(head_dim: int) -> Writers:
+    """Return the kernels that write 8-bit operands; XLA rotates heads that `norm_rope` cannot."""
     from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
+    from consyn_jax.model.kernels.eight_bit_norm_gradients import eight_bit_norm_gradients
+    from consyn_jax.model.kernels.eight_bit_norm_rope import eight_bit_rotation_gradients
+    from consyn_jax.model.kernels.eight_bit_swiglu import (
+        eight_bit_swiglu,
+        eight_bit_swiglu_gradients,
+    )
+    from consyn_jax.model.kernels.norm_rope import fits
 
-    both_ways = swiglu.eight_bit_swiglu, swiglu.eight_bit_swiglu_gradients
-    return Writers(eight_bit_norm, branched_norm_gradients, *both_ways)
+    return Writers(
+        eight_bit_norm,
+        eight_bit_norm_gradients,
+        eight_bit_rotation_gradients if fits(head_dim) else REFERENCE.rotation_gradients,
+        eight_bit_swiglu,
+        eight_bit_swiglu_gradients,
+    )
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,8 @@ class Backend:
             by default its output. Rematerialisation policies that do not recompute attention save
             the arrays with these names.
         norms: Returns the norms that blocks use with this backend, given the width of a head.
-        writers: Returns the functions that write 8-bit operands in blocks, for runs in fp8.
+        writers: Returns the functions that write 8-bit operands in blocks, for runs in fp8, given
+            the width of a head.
         drops_weights: Whether `attend` supports `drop`, the dropout of the attention weights.
         tuned_on: Name and compute capability of the GPUs on which its tiles were chosen.
         capability: Beginning of the compute capabilities that the backend supports; empty for all.
@@ -262,7 +272,7 @@ class Backend:
     description: str
     saved_names: tuple[str, ...] = (ATTENTION_OUTPUT,)
     norms: Callable[[int], Norms] = lambda head_dim: NORMS
-    writers: Callable[[], Writers] = lambda: REFERENCE
+    writers: Callable[[int], Writers] = lambda head_dim: REFERENCE
     drops_weights: bool = False
     platforms: tuple[str, ...] = ()
     tuned_on: tuple[str, str] | None = None

@@ -15,9 +15,18 @@ from consyn_jax.distributed.mesh import constrain, mesh_sizes
 from consyn_jax.model.fp8.operands import REFERENCE, Writers
 from consyn_jax.model.fp8.products import How, fp8_linear, fp8_normed_mlp, fp8_normed_qkv
 from consyn_jax.model.fp8.quantisation import Scales
-from consyn_jax.model.linear import MlpWeights, add_bias, linear, linear_pair
+from consyn_jax.model.fp8.slots import Slot
+from consyn_jax.model.linear import (
+    MlpWeights,
+    QkvWeights,
+    add_bias,
+    heads_of,
+    linear,
+    linear_pair,
+)
 from consyn_jax.model.matrices.frozen_matrix import over_frozen
-from consyn_jax.model.norms import NORMS, Norms, Rotate
+from consyn_jax.model.norms import NORMS, Norms, Rotate, rotated
+from consyn_jax.model.rope import Rope
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Pair = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -26,24 +35,32 @@ Stream = Float[Array, "B T D"]
 
 @runtime_checkable
 class Matmuls(Protocol):
-    """The matmuls of a block, with the norms in front of them."""
+    """The matmuls of a block, with the norms in front of them and the rotation of their heads.
 
-    @property
-    def rotate(self) -> Rotate:
-        """The function that norms and rotates queries or keys, from `Norms`."""
+    In fp8, the gradients of the outputs that are added to the residual stream pass through slots
+    (model/fp8/slots.py). Otherwise there are no slots.
+    """
 
-    def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
+    def linear(self, x: jax.Array, w: Any) -> tuple[Stream, Slot | None]:
         """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
 
     def normed_qkv(
-        self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
+        self, x_BTD: Stream, slot: Slot | None, qkv: QkvWeights, rope: Rope, eps: float
     ) -> tuple[Stream, tuple[jax.Array, ...]]:
-        """Return x, and the products of norm(x) with the matrices of q, k and v."""
+        """Return x, and queries, keys and values of norm(x) as attention reads them.
+
+        Args:
+            slot: Slot of the matmul whose output was added to x last.
+        """
 
     def normed_mlp(
-        self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
-    ) -> tuple[Stream, Stream]:
-        """Return y = x + added, and the MLP's output for norm(y) before the bias of `down`."""
+        self, x_BTD: Stream, added_BTD: Stream, slot: Slot | None, mlp: MlpWeights, eps: float
+    ) -> tuple[Stream, Stream, Slot | None]:
+        """Return y = x + added, and the MLP's output for norm(y) before the bias of `down`.
+
+        Args:
+            slot: Slot of the matmul whose output is `added_BTD`.
+        """
 
 
 @dataclass(frozen=True)
@@ -60,25 +77,27 @@ class PlainMatmuls:
     norms: Norms = NORMS
     pair: Pair | None = None
 
-    @property
-    def rotate(self) -> Rotate:
-        """The function that norms and rotates queries or keys."""
-        return self.norms.rotate
-
-    def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
+    def linear(self, x: jax.Array, w: Any) -> tuple[Stream, Slot | None]:
         """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
-        return self.product(x_BTD, w)
+        return self.product(x, w), None
 
     def normed_qkv(
-        self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
+        self, x_BTD: Stream, slot: Slot | None, qkv: QkvWeights, rope: Rope, eps: float
     ) -> tuple[Stream, tuple[jax.Array, ...]]:
-        """Return x, and the products of norm(x) with the matrices of q, k and v."""
-        x_BTD, *branches = self.norms.branch(x_BTD, scale_D, eps, len(weights))
-        return x_BTD, tuple(self.product(x, w) for x, w in zip(branches, weights, strict=True))
+        """Return x, and queries, keys and values of norm(x) as attention reads them."""
+        x_BTD, *branches = self.norms.branch(x_BTD, qkv.norm, eps, 3)
+        weights = (qkv.q, qkv.q_bias), (qkv.k, qkv.k_bias), (qkv.v, qkv.v_bias)
+        q, k, v = (
+            heads_of(self.product(x, w), w, bias)
+            for x, (w, bias) in zip(branches, weights, strict=True)
+        )
+        q = rotated(q, qkv.q_norm, rope, eps, "heads", self.norms.rotate)
+        k = rotated(k, qkv.k_norm, rope, eps, "kv_heads", self.norms.rotate)
+        return x_BTD, (q, k, v)
 
     def normed_mlp(
-        self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
-    ) -> tuple[Stream, Stream]:
+        self, x_BTD: Stream, added_BTD: Stream, slot: Slot | None, mlp: MlpWeights, eps: float
+    ) -> tuple[Stream, Stream, Slot | None]:
         """Return y = x + added, and the MLP's output for norm(y) before the bias of `down`."""
         pair = self.pair if isinstance(mlp.gate, jax.Array) else None
         uses = 2 if pair is None else 1
@@ -95,7 +114,8 @@ class PlainMatmuls:
             if has_biases:
                 both_BT2F = add_bias(both_BT2F, jnp.stack([mlp.gate_bias, mlp.up_bias]))
             hidden_BTF = swiglu_of_pair(both_BT2F)
-        return x_BTD, self.product(constrain(hidden_BTF, "batch", "sequence", "mlp"), mlp.down)
+        hidden_BTF = constrain(hidden_BTF, "batch", "sequence", "mlp")
+        return x_BTD, self.product(hidden_BTF, mlp.down), None
 
 
 @dataclass(frozen=True)
@@ -115,23 +135,24 @@ class EightBitMatmuls:
     writers: Writers
 
     def _how(self, eps: float = 0.0) -> How:
-        return How(self.recast, eps, REFERENCE if self.scales is None else self.writers)
+        writers = REFERENCE if self.scales is None else self.writers
+        return How(self.recast, eps, writers, self.rotate)
 
-    def linear(self, x_BTD: Stream, w: Any) -> jax.Array:
+    def linear(self, x: jax.Array, w: Any) -> tuple[Stream, Slot]:
         """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
-        return fp8_linear(x_BTD, w, self.scales, how=self._how())
+        return fp8_linear(x, w, self.scales, how=self._how())
 
     def normed_qkv(
-        self, x_BTD: Stream, scale_D: jax.Array, eps: float, weights: tuple[Any, ...]
+        self, x_BTD: Stream, slot: Slot | None, qkv: QkvWeights, rope: Rope, eps: float
     ) -> tuple[Stream, tuple[jax.Array, ...]]:
-        """Return x, and the products of norm(x) with the matrices of q, k and v."""
-        return fp8_normed_qkv(x_BTD, scale_D, weights, self.scales, self._how(eps))
+        """Return x, and queries, keys and values of norm(x) as attention reads them."""
+        return fp8_normed_qkv(x_BTD, slot, qkv, rope, self.scales, self._how(eps))
 
     def normed_mlp(
-        self, x_BTD: Stream, added_BTD: Stream, mlp: MlpWeights, eps: float
-    ) -> tuple[Stream, Stream]:
+        self, x_BTD: Stream, added_BTD: Stream, slot: Slot | None, mlp: MlpWeights, eps: float
+    ) -> tuple[Stream, Stream, Slot]:
         """Return y = x + added, and the MLP's output for norm(y) before the bias of `down`."""
-        return fp8_normed_mlp(x_BTD, added_BTD, mlp, self.scales, self._how(eps))
+        return fp8_normed_mlp(x_BTD, added_BTD, slot, mlp, self.scales, self._how(eps))
 
 
 def matmuls_of(

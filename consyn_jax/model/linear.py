@@ -104,6 +104,34 @@ def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, 
     return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
+def heads_of(
+    y: Float[Array, "B T F"], w: Float[Array, "D N H"], bias: Float[Array, "N H"] | None
+) -> Float[Array, "B T N H"]:
+    """Split the product with `w` into heads, and add the bias if there is one."""
+    y = y.reshape(*y.shape[:-1], *w.shape[1:])
+    return y if bias is None else add_bias(y, bias)
+
+
+class QkvWeights(NamedTuple):
+    """The parameters of queries, keys and values, and of the norm before their matmuls.
+
+    Attributes:
+        norm: Scale of the norm.
+        q_bias, k_bias, v_bias: Biases; None if the model has none.
+        q_norm, k_norm: Scales of the norms of queries and keys; None if the model has none.
+    """
+
+    norm: Any
+    q: Any
+    k: Any
+    v: Any
+    q_bias: Any = None
+    k_bias: Any = None
+    v_bias: Any = None
+    q_norm: Any = None
+    k_norm: Any = None
+
+
 class MlpWeights(NamedTuple):
     """The parameters of a block's MLP and of the norm before it, without the output bias.
 

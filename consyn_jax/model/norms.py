@@ -65,6 +65,26 @@ def norm_then_rope(
 Rotate = Callable[[jax.Array, jax.Array, Rope, float, str], jax.Array]
 
 
+def rotated(
+    x_BTNH: Float[Array, "B T N H"],
+    scale_H: Float[Array, " H"] | None,
+    rope: Rope,
+    eps: float,
+    heads: str,
+    rotate: Rotate,
+) -> Float[Array, "B T N H"]:
+    """Return queries or keys after norm and rotary embedding, or after the latter alone.
+
+    Args:
+        scale_H: Scale of the norm; None if the model does not norm its queries and keys.
+        heads: Logical name of the axis N.
+        rotate: Norms and rotates, from `Norms`.
+    """
+    return (
+        apply_rope(x_BTNH, rope) if scale_H is None else rotate(x_BTNH, scale_H, rope, eps, heads)
+    )
+
+
 class Norms(NamedTuple):
     """The norm functions of a block.
 

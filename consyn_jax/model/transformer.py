@@ -30,11 +30,12 @@ from consyn_jax.model.dropout import (
     drop_out,
 )
 from consyn_jax.model.embedding import lookup
+from consyn_jax.model.fp8.slots import Slot, cast_here, slot_for
 from consyn_jax.model.kernels.reference_attention import Documents, documents
-from consyn_jax.model.linear import MlpWeights, add_bias
+from consyn_jax.model.linear import MlpWeights, QkvWeights, add_bias
 from consyn_jax.model.norms import rms_norm
 from consyn_jax.model.rematerialisation import BLOCK_INPUT, rematerialise
-from consyn_jax.model.rope import Rope, apply_rope, rope_of, rotated_where, spans_until
+from consyn_jax.model.rope import Rope, rope_of, rotated_where, spans_until
 from consyn_jax.model_config import ModelConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -133,7 +134,7 @@ class Block(nnx.Module):
         Args:
             attend: Attention function of q, k and v, for training or for decoding.
         """
-        return self.parts(x_BTD, rope, attend, dropout)[-1]
+        return self.parts(x_BTD, rope, attend, dropout)[0][-1]
 
     def parts(
         self,
@@ -142,40 +143,34 @@ class Block(nnx.Module):
         attend: Attend,
         dropout: Dropout | None,
         matmuls: Matmuls = PLAIN,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        slot: Slot | None = None,
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Slot | None]:
         """Compute the outputs of both branches and of the block, as named in `BLOCK_PARTS`.
 
         Args:
             matmuls: The matmuls, including the norms before them.
-        """
-        with jax.named_scope("attention"):
-            weights = self.q[...], self.k[...], self.v[...]
-            scale_D = self.attention_norm[...]
-            x_BTD, projected = matmuls.normed_qkv(x_BTD, scale_D, self.eps, weights)
-            attention_BTD = self._attention(projected, rope, attend, matmuls)
-            attention_BTD = drop_out(attention_BTD, dropout, ATTENTION_BRANCH)
-        with jax.named_scope("mlp"):
-            x_BTD, mlp_BTD = matmuls.normed_mlp(x_BTD, attention_BTD, self._mlp, self.eps)
-            mlp_BTD = _biased(constrain(mlp_BTD, "batch", "sequence", None), self.down_bias)
-            mlp_BTD = drop_out(mlp_BTD, dropout, MLP_BRANCH)
-        return attention_BTD, mlp_BTD, x_BTD + mlp_BTD
+            slot: The slot that the block before returned, in fp8.
 
-    def _attention(
-        self, projected: tuple[jax.Array, ...], rope: Rope, attend: Attend, matmuls: Matmuls
-    ) -> jax.Array:
-        B, T, _ = projected[0].shape
-        weights = ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
-        q_BTNH, k_BTKH, v_BTKH = (
-            _biased(y.reshape(B, T, *w.shape[1:]), bias)
-            for y, (w, bias) in zip(projected, weights, strict=True)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH = matmuls.rotate(q_BTNH, self.q_norm[...], rope, self.eps, "heads")
-            k_BTKH = matmuls.rotate(k_BTKH, self.k_norm[...], rope, self.eps, "kv_heads")
-        else:
-            q_BTNH, k_BTKH = apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope)
-        out_BTD = matmuls.linear(attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, -1), self.o[...])
-        return _biased(constrain(out_BTD, "batch", "sequence", None), self.o_bias)
+        Returns:
+            The outputs, and the slot for the gradient of the block's output, in fp8.
+        """
+        B, T, _ = x_BTD.shape
+        with jax.named_scope("attention"):
+            x_BTD, heads = matmuls.normed_qkv(x_BTD, slot, self._qkv, rope, self.eps)
+            out_BTD, slot = matmuls.linear(attend(*heads).reshape(B, T, -1), self.o[...])
+            attention_BTD, slot = _branch(out_BTD, slot, self.o_bias, dropout, ATTENTION_BRANCH)
+        with jax.named_scope("mlp"):
+            x_BTD, out_BTD, slot = matmuls.normed_mlp(
+                x_BTD, attention_BTD, slot, self._mlp, self.eps
+            )
+            mlp_BTD, slot = _branch(out_BTD, slot, self.down_bias, dropout, MLP_BRANCH)
+        return (attention_BTD, mlp_BTD, x_BTD + mlp_BTD), slot
+
+    @property
+    def _qkv(self) -> QkvWeights:
+        weights = (p[...] for p in (self.attention_norm, self.q, self.k, self.v))
+        others = (self.q_bias, self.k_bias, self.v_bias, self.q_norm, self.k_norm)
+        return QkvWeights(*weights, *(None if p is None else p[...] for p in others))
 
     @property
     def _mlp(self) -> MlpWeights:
@@ -252,33 +247,35 @@ class Decoder(nnx.Module):
         attend = partial(causal_attention, inside=inside, backend=compute.attention)
         rope, kinds = self._rope(input_ids.shape, inside), layer_kinds(config)
         recast, norms = compute.remat == "none", backend.norms(config.head_dim)
-        matmuls = matmuls_of(compute.fp8, recast, norms, backend.writers)
+        matmuls = matmuls_of(compute.fp8, recast, norms, partial(backend.writers, config.head_dim))
         graphdef, stacked = nnx.split(self.layers)
         numbers_L = None if dropout is None else jnp.arange(1, config.num_layers + 1)
 
-        def body(x_BTD: jax.Array, xs: Any) -> tuple[jax.Array, dict[str, Any]]:
-            layer, number, kind, scales = xs
+        def body(carry: Any, xs: Any) -> tuple[Any, dict[str, Any]]:
+            (x_BTD, slot), (layer, number, kind, scales) = carry, xs
             attend_here = partial(
                 attend, sliding_window=config.sliding_window, has_window=kind.has_window_L
             )
             here = None if dropout is None else dropout.at(number)
-            weights = None if here is None else here.at(ATTENTION)
             x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
-            parts = nnx.merge(graphdef, layer).parts(
+            parts, slot = nnx.merge(graphdef, layer).parts(
                 x_BTD,
                 rotated_where(rope, kind.rotates_L),
-                partial(attend_here, dropout=weights),
+                partial(attend_here, dropout=None if here is None else here.at(ATTENTION)),
                 here,
                 matmuls(scales),
+                slot,
             )
-            return parts[-1], dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
+            return (parts[-1], slot), dict(zip(BLOCK_PARTS, map(look, parts), strict=True))
 
         body = rematerialise(body, compute.remat, backend.saved_names)
         x_BTD = self.embed(input_ids, compute.dtype)
         x_BTD = drop_out(x_BTD, None if dropout is None else dropout.at(0), EMBEDDING)
         looks = {"embedding": look(x_BTD)}
         unroll, xs = config.num_layers if compute.unroll else 1, (stacked, numbers_L, kinds, scales)
-        x_BTD, blocks = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
+        slot = None if dropout is not None or not compute.fp8 else _first_slot(x_BTD, scales)
+        (x_BTD, slot), blocks = jax.lax.scan(body, (x_BTD, slot), xs, unroll=unroll)
+        x_BTD = x_BTD if slot is None else cast_here(x_BTD, slot)
         return rms_norm(x_BTD, self.norm[...], config.norm_eps), looks | blocks
 
     def _rope(self, shape: tuple[int, ...], inside: Documents | None) -> Rope:
@@ -298,8 +295,27 @@ def _bias(
     return parameter(rngs, shape, axes, 0.0) if exists else None
 
 
-def _biased(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    return y if bias is None else add_bias(y, bias[...])
+def _first_slot(x_BTD: jax.Array, scales: jax.Array | None) -> Slot:
+    """Return a slot for the first block, like those of the others, which no matmul reads."""
+    return slot_for(x_BTD, None if scales is None else jnp.ones((), scales.dtype))
+
+
+def _branch(
+    out_BTD: jax.Array,
+    slot: Slot | None,
+    bias: nnx.Param | None,
+    dropout: Dropout | None,
+    place: int,
+) -> tuple[jax.Array, Slot | None]:
+    """Return what a branch adds to the residual stream, and the slot for the stream's gradient.
+
+    There is no slot after dropout: the gradient of the stream is then another one.
+    """
+    out_BTD = constrain(out_BTD, "batch", "sequence", None)
+    if dropout is not None and slot is not None:
+        out_BTD, slot = cast_here(out_BTD, slot), None
+    out_BTD = out_BTD if bias is None else add_bias(out_BTD, bias[...])
+    return drop_out(out_BTD, dropout, place), slot
 
 
 def parameter(

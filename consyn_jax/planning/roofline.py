@@ -292,17 +292,18 @@ def _elementwise_bytes(work: Workload) -> tuple[Number, Number]:
 def _quantising_bytes(work: Workload) -> Number:
     """Bytes that fp8's quantisation reads and writes, for a block's forward and backward pass.
 
-    The kernels of norm and SwiGLU write two 8-bit arrays instead of a bfloat16 one, which takes as
-    many bytes, so it is not counted. The input of o and the gradients of q, k, v, o and down are
-    read once and written twice. Weights are read twice, the first time for their maximum.
+    Most kernels write two 8-bit arrays instead of a bfloat16 one, which takes as many bytes, so it
+    is not counted. The norms' backward pass writes both for the gradients of o and down. XLA reads
+    the input of o and the gradient of v once, and writes them twice. Weights are read twice, the
+    first time for their maximum.
     """
     if not work.fp8:
         return 0
     q, kv, _ = _widths(work)
-    others = q + (2 * work.model.hidden_dim + q + 2 * kv)
+    activations = 2 * 2 * work.model.hidden_dim + (BF16 + 2) * (q + kv)
     shards = work.sizes["fsdp"] * work.sizes["tensor"]
     weights = num_block_parameters(work.model) / shards
-    return (BF16 + 2) * work.local_tokens * others + (2 * FLOAT32 + 1) * weights
+    return work.local_tokens * activations + (2 * FLOAT32 + 1) * weights
 
 
 # ------------------------------------------------------------------------ optimizer and host memory

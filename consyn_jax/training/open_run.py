@@ -210,12 +210,8 @@ def open_records(
     recorder.history = History(lines)
     command = command_rows(flat(run), inputs.origins)
     start = "started" if resumed is None else "resumed"
-    about = [
-        *inputs.header,
-        *([] if facts is None else facts.made_with()),
-        *command,
-        (start, now()),
-    ]
+    made_with = [] if facts is None else facts.made_with()
+    about = [*inputs.header, *made_with, *command, (start, now())]
     told = flat(run), inputs.origins, about, opened.console.left_s
     report = LiveReport(opened.directory, recorder, *told)
     callbacks.run.samples = report.samples

@@ -3,7 +3,8 @@
 A matmul is differentiated together with the function that writes its operands, because an 8-bit
 array cannot carry a gradient of another dtype. Every function takes the scales of the block. Its
 backward pass returns the largest magnitudes of all quantised arrays as the "gradient" of the
-scales. The forward pass cannot return them, because some of the arrays are gradients.
+scales. The forward pass cannot return them, because some of the arrays are gradients. The gradients
+of the outputs of o and down come in slots (`slots.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from consyn_jax.distributed.mesh import constrain
-from consyn_jax.model.fp8.operands import REFERENCE, Writers, swiglu_gradients
+from consyn_jax.model.fp8.operands import (
+    REFERENCE,
+    Writers,
+    rotation_gradients,
+    swiglu_gradients,
+)
 from consyn_jax.model.fp8.quantisation import (
     FORWARD,
     GRADIENT,
@@ -29,7 +35,10 @@ from consyn_jax.model.fp8.quantisation import (
     scale_for,
     scale_in,
 )
-from consyn_jax.model.linear import MlpWeights, add_bias
+from consyn_jax.model.fp8.slots import Slot, content, slot_for
+from consyn_jax.model.linear import MlpWeights, QkvWeights, add_bias, heads_of
+from consyn_jax.model.norms import Rotate, norm_then_rope, rotated
+from consyn_jax.model.rope import Rope
 
 
 class How(NamedTuple):
@@ -39,11 +48,13 @@ class How(NamedTuple):
         recast: Whether the backward pass casts float32 weights again, as in `linear`.
         eps: Epsilon of the norm.
         writers: Functions that write 8-bit operands.
+        rotate: Norms and rotates queries or keys, from `attention.Backend.norms`.
     """
 
     recast: bool = False
     eps: float = 1e-5
     writers: Writers = REFERENCE
+    rotate: Rotate = norm_then_rope
 
 
 PLAIN_CASTS = How()
@@ -106,7 +117,7 @@ def fp8_linear(
     x_name: str = "o_input",
     y_name: str = "o",
     how: How = PLAIN_CASTS,
-) -> Float[Array, "*B F"]:
+) -> tuple[Float[Array, "*B F"], Slot]:
     """`linear` in 8-bit floats: `x` and `w` in e4m3, the gradient of the output in e5m2.
 
     Each of these arrays is quantised once. `x` is saved in 8 bits for the backward pass.
@@ -116,6 +127,9 @@ def fp8_linear(
         scales: Scales of the block; None for scales computed from the arrays themselves.
         x_name: The name of `x` in `ARRAYS`.
         y_name: The name of the output, whose gradient is quantised.
+
+    Returns:
+        The output, and the slot for its gradient: the backward pass reads only that.
     """
     return _linear_forward(x, w, scales, x_name, y_name, how)[0]
 
@@ -124,12 +138,14 @@ def _linear_forward(x: Any, w: Any, scales: Any, x_name: str, y_name: str, how: 
     x8, largest = quantise(x, FORWARD, scale_in(scales, x_name))
     y, kept = _times(x8, w, x.dtype, how.recast)
     like = jax.ShapeDtypeStruct(w.shape, w.dtype)
-    return y, (x8.transposed, x8.scale, largest, kept, like, scales)
+    slot = slot_for(y, scale_in(scales, y_name))
+    return (y, slot), (x8.transposed, x8.scale, largest, kept, like, scales)
 
 
-def _linear_backward(x_name: str, y_name: str, how: How, saved: Any, dy: jax.Array) -> Any:
+def _linear_backward(x_name: str, y_name: str, how: How, saved: Any, gradients: Any) -> Any:
     x8T, x_scale, largest, kept, like, scales = saved
-    dy8, dy_largest = quantise(dy, GRADIENT, scale_in(scales, y_name))
+    dy, slot = gradients
+    dy8, dy_largest = content(slot, scale_in(scales, y_name))
     dx = _input_gradient(dy8, kept, dy.dtype)
     dw = _weight_gradient(x8T, x_scale, dy8, like.shape)
     return dx, dw, in_order(scales, {x_name: largest, y_name: dy_largest})
@@ -141,37 +157,62 @@ fp8_linear.defvjp(_linear_forward, _linear_backward)
 # --------------------------------------------------------------------------- a norm and its matmuls
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def fp8_normed_qkv(
     x_BTD: Float[Array, "B T D"],
-    scale_D: Float[Array, " D"],
-    weights: tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]],
+    slot: Slot | None,
+    qkv: QkvWeights,
+    rope: Rope,
     scales: Scales | None,
     how: How,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, Array, Array]]:
-    """Return x and the products of its RMS norm with the weights of q, k and v."""
-    return _qkv_forward(x_BTD, scale_D, weights, scales, how)[0]
+    """Return x and the heads that attention reads: queries and keys after rotation, and values.
+
+    Args:
+        slot: Slot of the matmul whose output was added to `x` last; None for none.
+        rope: Cosines and sines, which get no gradient.
+    """
+    return _qkv_forward(x_BTD, slot, qkv, rope, scales, how)[0]
 
 
-def _qkv_forward(x: Any, scale_D: Any, weights: Any, scales: Any, how: How) -> Any:
-    x, x8, largest = how.writers.norm(x, scale_D, how.eps, scale_in(scales, "attention_input"))
-    made = [_times(x8, w, x.dtype, how.recast) for w in weights]
-    ys, kept = zip(*made, strict=True)
-    likes = tuple(jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights)
-    saved = (x, scale_D, x8.transposed, x8.scale, largest, kept, likes, scales)
-    return (x, ys), saved
+def _qkv_forward(x: Any, slot: Any, qkv: QkvWeights, rope: Any, scales: Any, how: How) -> Any:
+    x, x8, largest = how.writers.norm(x, qkv.norm, how.eps, scale_in(scales, "attention_input"))
+    weights = (qkv.q, qkv.q_bias), (qkv.k, qkv.k_bias), (qkv.v, qkv.v_bias)
+    made = [_times(x8, w, x.dtype, how.recast) for w, _ in weights]
+    kept = [own for _, own in made]
+    q, k, v = (heads_of(y, *own) for (y, _), own in zip(made, weights, strict=True))
+    likes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), qkv)
+    small = qkv.norm, qkv.q_norm, qkv.k_norm
+    saved = (x, slot, small, q, k, rope, x8.transposed, x8.scale, largest, kept, likes, scales)
+    q = rotated(q, qkv.q_norm, rope, how.eps, "heads", how.rotate)
+    k = rotated(k, qkv.k_norm, rope, how.eps, "kv_heads", how.rotate)
+    return (x, (q, k, v)), saved
 
 
 def _qkv_backward(how: How, saved: Any, gradients: Any) -> Any:
-    x, scale_D, x8T, x_scale, largest, kept, likes, scales = saved
-    dx, dys = gradients
+    x, slot, (norm, q_norm, k_norm), q, k, rope, x8T, x_scale, largest, kept, likes, scales = saved
+    dx, (dq, dk, dv) = gradients
+    # Without a norm, one pass of XLA rotates and casts.
+    turn = (REFERENCE if q_norm is None else how.writers).rotation_gradients
+    given = (q, q_norm, rope, how.eps), (k, k_norm, rope, how.eps)
+    dq8, dq_norm = turn(*given[0], "heads", dq, scale_in(scales, "q"))
+    dk8, dk_norm = turn(*given[1], "kv_heads", dk, scale_in(scales, "k"))
+    dv8 = quantise(dv.reshape(*dv.shape[:2], -1), GRADIENT, scale_in(scales, "v"))
+    biases: tuple[Any, ...] = (None, None, None)
+    if likes.q_bias is not None:
+        # The kernel writes only gradients that are rounded to 8 bits; biases get exact ones.
+        exact = rotation_gradients(*given[0], dq)[0], rotation_gradients(*given[1], dk)[0], dv
+        biases = tuple(jnp.sum(dy.astype(jnp.float32), axis=(0, 1)) for dy in exact)
     found, dweights, dnormed = {"attention_input": largest}, [], []
-    for name, dy, own, like in zip(("q", "k", "v"), dys, kept, likes, strict=True):
-        dy8, found[name] = quantise(dy, GRADIENT, scale_in(scales, name))
-        dnormed.append(_input_gradient(dy8, own, dy.dtype))
-        dweights.append(_weight_gradient(x8T, x_scale, dy8, like.shape))
-    dx, dscale_D = how.writers.norm_gradients(x, scale_D, how.eps, dx, tuple(dnormed))
-    return dx, dscale_D, tuple(dweights), in_order(scales, found)
+    for name, (dy8, found[name]), own in zip("qkv", (dq8, dk8, dv8), kept, strict=True):
+        dnormed.append(_input_gradient(dy8, own, x.dtype))
+        # XLA would join the three matmuls, and copy the three gradients into one array for that.
+        apart, dyT = jax.lax.optimization_barrier((x8T, dy8.transposed))
+        dy8 = dy8._replace(transposed=dyT)
+        dweights.append(_weight_gradient(apart, x_scale, dy8, getattr(likes, name).shape))
+    dx, dnorm, dslot = how.writers.norm_gradients(x, norm, how.eps, dx, tuple(dnormed), slot)
+    dqkv = (dnorm, *dweights, *biases, dq_norm, dk_norm)
+    return dx, dslot, QkvWeights(*dqkv), None, in_order(scales, found)
 
 
 fp8_normed_qkv.defvjp(_qkv_forward, _qkv_backward)
@@ -180,19 +221,27 @@ fp8_normed_qkv.defvjp(_qkv_forward, _qkv_backward)
 # ------------------------------------------------------------------------------------------ the MLP
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def fp8_normed_mlp(
     x_BTD: Float[Array, "B T D"],
     added_BTD: Float[Array, "B T D"],
+    slot: Slot | None,
     mlp: MlpWeights,
     scales: Scales | None,
     how: How,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Return y = x + added, and the MLP of the RMS norm of y, without the bias of the output."""
-    return _mlp_forward(x_BTD, added_BTD, mlp, scales, how)[0]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Slot]:
+    """Return y = x + added, and the MLP of the RMS norm of y, without the bias of the output.
+
+    Args:
+        slot: Slot of the matmul whose output is `added`; None for none.
+
+    Returns:
+        y, the output of the MLP, and the slot for its gradient: the backward pass reads only that.
+    """
+    return _mlp_forward(x_BTD, added_BTD, slot, mlp, scales, how)[0]
 
 
-def _mlp_forward(x: Any, added: Any, mlp: MlpWeights, scales: Any, how: How) -> Any:
+def _mlp_forward(x: Any, added: Any, slot: Any, mlp: MlpWeights, scales: Any, how: How) -> Any:
     writers, dtype = how.writers, x.dtype
     x, x8, x_largest = writers.norm(x, mlp.norm, how.eps, scale_in(scales, "mlp_input"), added)
     gate, gate_kept = _times(x8, mlp.gate, dtype, how.recast)
@@ -206,20 +255,21 @@ def _mlp_forward(x: Any, added: Any, mlp: MlpWeights, scales: Any, how: How) -> 
     likes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), mlp)
     kept = gate_kept, up_kept, down_kept
     operands = x8.transposed, x8.scale, hidden8.transposed, hidden8.scale
-    return (x, out), (x, mlp.norm, operands, gate, up, kept, likes, scales, found)
+    own_slot = slot_for(out, scale_in(scales, "down"))
+    return (x, out, own_slot), (x, slot, mlp.norm, operands, gate, up, kept, likes, scales, found)
 
 
 def _mlp_backward(how: How, saved: Any, gradients: Any) -> Any:
-    x, norm, (x8T, x_scale, hidden8T, hidden_scale), gate, up, kept, likes, scales, found = saved
+    x, slot, norm, operands, gate, up, kept, likes, scales, found = saved
+    x8T, x_scale, hidden8T, hidden_scale = operands
     gate_kept, up_kept, down_kept = kept
-    dx, dout = gradients
-    dout8, largest = quantise(dout, GRADIENT, scale_in(scales, "down"))
+    dx, dout, own_slot = gradients
+    dout8, found["down"] = content(own_slot, scale_in(scales, "down"))
     ddown = _weight_gradient(hidden8T, hidden_scale, dout8, likes.down.shape)
     dhidden = _input_gradient(dout8, down_kept, dout.dtype)
     own = scale_in(scales, "gate"), scale_in(scales, "up")
-    (dgate8, dgate_largest), (dup8, dup_largest) = how.writers.swiglu_gradients(
-        gate, up, dhidden, own
-    )
+    written = how.writers.swiglu_gradients(gate, up, dhidden, own)
+    (dgate8, found["gate"]), (dup8, found["up"]) = written
     biases: tuple[Any, ...] = (None, None)
     if likes.gate_bias is not None:
         # The kernel writes only gradients that are rounded to 8 bits; biases get exact ones.
@@ -233,9 +283,8 @@ def _mlp_backward(how: How, saved: Any, gradients: Any) -> Any:
         _weight_gradient(x8T, x_scale, dy8, like.shape)
         for dy8, like in ((dgate8, likes.gate), (dup8, likes.up))
     )
-    dx, dnorm = how.writers.norm_gradients(x, norm, how.eps, dx, dnormed)
-    found |= {"down": largest, "gate": dgate_largest, "up": dup_largest}
-    return dx, dx, MlpWeights(dnorm, dgate, dup, ddown, *biases), in_order(scales, found)
+    dx, dnorm, dslot = how.writers.norm_gradients(x, norm, how.eps, dx, dnormed, slot)
+    return dx, dx, dslot, MlpWeights(dnorm, dgate, dup, ddown, *biases), in_order(scales, found)
 
 
 fp8_normed_mlp.defvjp(_mlp_forward, _mlp_backward)

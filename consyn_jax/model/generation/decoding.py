@@ -167,7 +167,7 @@ def _hidden(
     still, matmuls = rotated_where(rope, jnp.array(False)), PlainMatmuls(product)
     for layer, attend, turns in zip(weights["layers"], attends, rotates, strict=True):
         block: Block = nnx.merge(_block(config), layer)
-        x_BTD = block.parts(x_BTD, rope if turns else still, attend, None, matmuls)[-1]
+        x_BTD = block.parts(x_BTD, rope if turns else still, attend, None, matmuls)[0][-1]
     return x_BTD
 
 

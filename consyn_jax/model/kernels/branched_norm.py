@@ -46,16 +46,16 @@ def branched_norm(
         uses: Number of matmuls that read the norm.
         added_BTD: A branch that is added to x first, rounded to the dtype of x.
     """
-    splits_readers = _splits_readers()
-    kernel_uses = 1 if splits_readers else uses
+    is_split = splits_readers()
+    kernel_uses = 1 if is_split else uses
     if added_BTD is None:
         x, *normed = _branched_norm(x_BTD, scale_D, eps, kernel_uses)
     else:
         x, *normed = _added_norm(x_BTD, added_BTD, scale_D, eps, kernel_uses)
-    return x, *(normed * uses if splits_readers else normed)
+    return x, *(normed * uses if is_split else normed)
 
 
-def _splits_readers() -> bool:
+def splits_readers() -> bool:
     """Whether the matmuls that read the norm are split over devices.
 
     The gradients of the norm must then be summed over these devices.
@@ -63,19 +63,6 @@ def _splits_readers() -> bool:
     sizes = mesh_sizes()
     tokens = (sizes[axis] for axis in split_axes(sizes, "batch", "sequence"))
     return math.prod(sizes.values()) > math.prod(tokens)
-
-
-def branched_norm_gradients(
-    x_BTD: Float[Array, "B T D"],
-    scale_D: Float[Array, " D"],
-    eps: float,
-    dx_BTD: Float[Array, "B T D"],
-    dnormed: tuple[Float[Array, "B T D"], ...],
-) -> tuple[Float[Array, "B T D"], Float[Array, " D"]]:
-    """The kernel of `norm_gradients` (model/fp8/operands.py), with the same arguments."""
-    if _splits_readers():
-        dnormed = (sum(dnormed[1:], dnormed[0]),)
-    return _backward(eps, len(dnormed), (x_BTD, scale_D), (dx_BTD, *dnormed))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -169,8 +156,11 @@ def _call(
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def _load_common(scale_ref: Any, num_rows: int, dim: int) -> Any:
+def _load_common(scale_ref: Any, num_rows: int, dim: int, own: int = ROWS) -> Any:
     """Load the scale of the norm, and find the columns and rows that this program processes.
+
+    Args:
+        own: Rows per program.
 
     Returns:
         A mask of the columns that exist in the array (None if all do), the number of rows, and the
@@ -178,13 +168,14 @@ def _load_common(scale_ref: Any, num_rows: int, dim: int) -> Any:
     """
     (width,) = scale_ref.shape
     exists = None if width == dim else jnp.arange(width) < dim
-    return exists, jnp.minimum(ROWS, num_rows - pl.program_id(0) * ROWS), load(scale_ref, exists)
+    return exists, jnp.minimum(own, num_rows - pl.program_id(0) * own), load(scale_ref, exists)
 
 
-def load(ref: Any, exists: Any) -> jax.Array:
+def load(ref: Any, exists: Any, eviction_policy: str | None = None) -> jax.Array:
     """Load as float32; elements outside the mask `exists` are zero, and so do not change sums."""
     other = None if exists is None else 0.0
-    return pltriton.load(ref, mask=exists, other=other).astype(jnp.float32)
+    loaded = pltriton.load(ref, mask=exists, other=other, eviction_policy=eviction_policy)
+    return loaded.astype(jnp.float32)
 
 
 def store(ref: Any, value: jax.Array, exists: Any) -> None:
@@ -217,12 +208,34 @@ def _added_norm_forward(scale_ref, x_ref, added_ref, sum_ref, out_ref, *, num_ro
 
 
 def _branched_norm_backward(scale_ref, x_ref, dresidual_ref, *refs, num_rows, dim, eps):
+    gradients_of_rows(scale_ref, x_ref, dresidual_ref, *refs, num_rows=num_rows, dim=dim, eps=eps)
+
+
+def gradients_of_rows(
+    scale_ref: Any,
+    x_ref: Any,
+    dresidual_ref: Any,
+    *refs: Any,
+    num_rows: int,
+    dim: int,
+    eps: float,
+    eviction_policy: str | None = None,
+) -> None:
+    """Write the gradients of a program's rows, one row after the other, and its part of dscale.
+
+    Args:
+        refs: The gradients of the norm's uses, the gradient of x, and that of the scale.
+        eviction_policy: For the inputs, which nothing reads again.
+    """
     *dnormed_refs, dx_ref, dscale_ref = refs
-    exists, rows, scale = _load_common(scale_ref, num_rows, dim)
+    exists, rows, scale = _load_common(scale_ref, num_rows, dim, x_ref.shape[0])
 
     def row_step(row, dscale):
-        x, dresidual = load(x_ref.at[row], exists), load(dresidual_ref.at[row], exists)
-        dy = sum(load(ref.at[row], exists) for ref in dnormed_refs)
+        x, dresidual, *dys = (
+            load(ref.at[row], exists, eviction_policy)
+            for ref in (x_ref, dresidual_ref, *dnormed_refs)
+        )
+        dy = sum(dys)
         g = dy * scale
         squares, along = jnp.sum(x * x), jnp.sum(g * x)  # independent sums
         inverse = jax.lax.rsqrt(squares / dim + eps)
@@ -230,8 +243,5 @@ def _branched_norm_backward(scale_ref, x_ref, dresidual_ref, *refs, num_rows, di
         store(dx_ref.at[row], dresidual + inverse * (g - x * (along * inverse / dim)), exists)
         return dscale + dy * x
 
-    store(
-        dscale_ref,
-        jax.lax.fori_loop(0, rows, row_step, jnp.zeros(scale.shape, jnp.float32)),
-        exists,
-    )
+    nothing = jnp.zeros(scale.shape, jnp.float32)
+    store(dscale_ref, jax.lax.fori_loop(0, rows, row_step, nothing), exists)

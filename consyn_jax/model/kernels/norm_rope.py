@@ -27,6 +27,11 @@ ELEMENTS = 1024
 NUM_WARPS = 4
 
 
+def fits(head_dim: int) -> bool:
+    """Whether the kernels can process heads of this width: tiles are powers of two."""
+    return head_dim >= 16 and head_dim.bit_count() == 1
+
+
 def norm_rope(
     x_BTNH: Float[Array, "B T N H"],
     scale_H: Float[Array, " H"],
@@ -84,7 +89,7 @@ def _call(
     Returns an array [B, T, N, H], and `sums` float32 arrays [programs, H].
     """
     B, T, N, H = arrays[0].shape
-    assert pl.next_power_of_2(H) == H >= 16, "tiles are powers of two"
+    assert fits(H)
     assert B * T * N * H < 2**31, "kernels count elements in 32 bits"
     own = ELEMENTS // (H // 2)
     programs = pl.cdiv(B * T, own)
@@ -114,7 +119,14 @@ def _call(
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def _load_common(scale_ref: Any, cos_ref: Any, sin_ref: Any, num_tokens: int) -> Any:
+def tokens_that_exist(cos_ref: Any, num_tokens: int) -> jax.Array:
+    """Return the mask of the elements of half a head, for the tokens of this program."""
+    own, h = cos_ref.shape
+    exists = pl.program_id(0) * own + jnp.arange(own) < num_tokens
+    return jnp.broadcast_to(exists[:, None], (own, h))
+
+
+def load_common(scale_ref: Any, cos_ref: Any, sin_ref: Any, exists: jax.Array) -> Any:
     """Load the arrays that all heads share.
 
     The halves of a head are processed separately, because Triton cannot concatenate arrays.
@@ -123,20 +135,10 @@ def _load_common(scale_ref: Any, cos_ref: Any, sin_ref: Any, num_tokens: int) ->
         The slices of both halves of a head, the mask of real tokens, the scale of each half,
         cosines and sines.
     """
-    own, h = cos_ref.shape
+    h = cos_ref.shape[1]
     a, b = pl.ds(0, h), pl.ds(h, h)
-    exists = jnp.broadcast_to(
-        (pl.program_id(0) * own + jnp.arange(own) < num_tokens)[:, None], (own, h)
-    )
-    return (
-        a,
-        b,
-        exists,
-        scale_ref[a][None, :],
-        scale_ref[b][None, :],
-        load(cos_ref, exists),
-        load(sin_ref, exists),
-    )
+    scales = scale_ref[a][None, :], scale_ref[b][None, :]
+    return a, b, exists, *scales, load(cos_ref, exists), load(sin_ref, exists)
 
 
 def _mean(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -144,7 +146,8 @@ def _mean(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _norm_rope_forward(x_ref, scale_ref, cos_ref, sin_ref, out_ref, *, num_tokens, eps):
-    a, b, exists, scale_a, scale_b, cos, sin = _load_common(scale_ref, cos_ref, sin_ref, num_tokens)
+    exists = tokens_that_exist(cos_ref, num_tokens)
+    a, b, _, scale_a, scale_b, cos, sin = load_common(scale_ref, cos_ref, sin_ref, exists)
 
     def head_step(n, carry):
         xa, xb = load(x_ref.at[:, n, a], exists), load(x_ref.at[:, n, b], exists)
@@ -157,22 +160,35 @@ def _norm_rope_forward(x_ref, scale_ref, cos_ref, sin_ref, out_ref, *, num_token
     jax.lax.fori_loop(0, x_ref.shape[1], head_step, 0)
 
 
+def gradients_of_head(x_ref: Any, dout_ref: Any, n: Any, common: Any, eps: float) -> Any:
+    """Compute the gradients of both halves of head `n`, and those of the scale for each token.
+
+    Args:
+        common: What `load_common` returned.
+    """
+    a, b, exists, scale_a, scale_b, cos, sin = common
+    xa, xb = load(x_ref.at[:, n, a], exists), load(x_ref.at[:, n, b], exists)
+    da, db = load(dout_ref.at[:, n, a], exists), load(dout_ref.at[:, n, b], exists)
+    inverse = jax.lax.rsqrt(_mean(xa * xa, xb * xb) + eps)
+    xa, xb = xa * inverse, xb * inverse  # normed
+    dya, dyb = da * cos + db * sin, db * cos - da * sin
+    ga, gb = dya * scale_a, dyb * scale_b
+    along = _mean(ga * xa, gb * xb)
+    return (inverse * (ga - xa * along), inverse * (gb - xb * along)), (dya * xa, dyb * xb)
+
+
 def _norm_rope_backward(
     x_ref, dout_ref, scale_ref, cos_ref, sin_ref, dx_ref, dscale_ref, *, num_tokens, eps
 ):
-    a, b, exists, scale_a, scale_b, cos, sin = _load_common(scale_ref, cos_ref, sin_ref, num_tokens)
+    exists = tokens_that_exist(cos_ref, num_tokens)
+    common = load_common(scale_ref, cos_ref, sin_ref, exists)
+    a, b, *_ = common
 
     def head_step(n, dscale):
-        xa, xb = load(x_ref.at[:, n, a], exists), load(x_ref.at[:, n, b], exists)
-        da, db = load(dout_ref.at[:, n, a], exists), load(dout_ref.at[:, n, b], exists)
-        inverse = jax.lax.rsqrt(_mean(xa * xa, xb * xb) + eps)
-        xa, xb = xa * inverse, xb * inverse  # normed
-        dya, dyb = da * cos + db * sin, db * cos - da * sin
-        ga, gb = dya * scale_a, dyb * scale_b
-        along = _mean(ga * xa, gb * xb)
-        store(dx_ref.at[:, n, a], inverse * (ga - xa * along), exists)
-        store(dx_ref.at[:, n, b], inverse * (gb - xb * along), exists)
-        return dscale[0] + dya * xa, dscale[1] + dyb * xb
+        (dxa, dxb), (found_a, found_b) = gradients_of_head(x_ref, dout_ref, n, common, eps)
+        store(dx_ref.at[:, n, a], dxa, exists)
+        store(dx_ref.at[:, n, b], dxb, exists)
+        return dscale[0] + found_a, dscale[1] + found_b
 
     nothing = jnp.zeros(cos_ref.shape, jnp.float32)
     dscale_a, dscale_b = jax.lax.fori_loop(0, x_ref.shape[1], head_step, (nothing, nothing))

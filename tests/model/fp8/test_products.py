@@ -13,9 +13,11 @@ import pytest
 from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.fp8.products import How, fp8_linear, fp8_normed_mlp, fp8_normed_qkv
 from consyn_jax.model.fp8.quantisation import ARRAYS, FORWARD, GRADIENT, largest_in, scale_for
-from consyn_jax.model.linear import MlpWeights
-from consyn_jax.model.norms import rms_norm
+from consyn_jax.model.fp8.slots import cast_here
+from consyn_jax.model.linear import MlpWeights, QkvWeights
+from consyn_jax.model.norms import norm_then_rope, rms_norm
 from consyn_jax.model.parameters import initial_parameters
+from consyn_jax.model.rope import apply_rope, rope_table
 from consyn_jax.model.transformer import Compute
 from consyn_jax.model_config import ModelConfig
 from consyn_jax.training.program import Program
@@ -46,6 +48,11 @@ def numbers(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(rng.normal(size=shape) * np.exp(3 * rng.normal(size=shape)), jnp.float32)
 
 
+def linear_alone(*given: Any) -> jax.Array:
+    """`fp8_linear`, with the gradient of its output cast on the spot."""
+    return cast_here(*fp8_linear(*given))
+
+
 @pytest.mark.parametrize("recast", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_product_and_both_gradients_equal_numpy(dtype: Any, recast: bool) -> None:
@@ -54,7 +61,7 @@ def test_the_product_and_both_gradients_equal_numpy(dtype: Any, recast: bool) ->
         numbers(1, 16, 4, 6),
         numbers(2, 2, 5, 24).astype(dtype),
     )
-    y, pull = jax.vjp(lambda x, w: fp8_linear(x, w, None, "o_input", "o", How(recast)), x, w)
+    y, pull = jax.vjp(lambda x, w: linear_alone(x, w, None, "o_input", "o", How(recast)), x, w)
     dx, dw = pull(dy)
     x8, w8, dy8 = rounded(x, FORWARD), rounded(w, FORWARD).reshape(16, 24), rounded(dy, GRADIENT)
     expected = x8 @ w8, dy8 @ w8.T, np.einsum("btd,btf->df", x8, dy8).reshape(w.shape)
@@ -71,7 +78,7 @@ def test_nonfinite_values_are_not_hidden(wrong: float) -> None:
     """A GPU converts infinity to the largest 8-bit number; a NaN scale shows in every product."""
     x = jnp.ones((4, 16)).at[1, 2].set(wrong)
     assert np.isnan(scale_for(largest_in(x), FORWARD))
-    assert np.all(np.isnan(fp8_linear(x, jnp.ones((16, 16)))))
+    assert np.all(np.isnan(fp8_linear(x, jnp.ones((16, 16)))[0]))
 
 
 SCALES = dict(zip(ARRAYS, 2.0 ** np.arange(-5, 6), strict=True))
@@ -90,7 +97,7 @@ def narrowed(x: Any, dtype: Any, scale: float) -> np.ndarray:
 
 def test_with_the_scales_of_the_step_before_too_large_values_are_clipped() -> None:
     x, w, dy = 300 * numbers(0, 2, 5, 16), numbers(1, 16, 24), 1e4 * numbers(2, 2, 5, 24)
-    y, pull = jax.vjp(fp8_linear, x, w, GIVEN)
+    y, pull = jax.vjp(linear_alone, x, w, GIVEN)
     dx, dw, largest = pull(dy)
     x8, dy8 = narrowed(x, FORWARD, SCALES["o_input"]), narrowed(dy, GRADIENT, SCALES["o"])
     assert np.abs(x8).max() == 448 * SCALES["o_input"] < jnp.max(jnp.abs(x))
@@ -114,11 +121,11 @@ def composed(x: Any, added: Any, mlp: MlpWeights, scales: Any) -> tuple[jax.Arra
     """The MLP from separate matmuls, differentiated by JAX."""
     x = x + added
     normed = rms_norm(x, mlp.norm, 1e-5)
-    gate = fp8_linear(normed, mlp.gate, scales, "mlp_input", "gate")
-    up = fp8_linear(normed, mlp.up, scales, "mlp_input", "up")
+    gate = linear_alone(normed, mlp.gate, scales, "mlp_input", "gate")
+    up = linear_alone(normed, mlp.up, scales, "mlp_input", "up")
     if mlp.gate_bias is not None:
         gate, up = gate + mlp.gate_bias, up + mlp.up_bias
-    return x, fp8_linear(jax.nn.silu(gate) * up, mlp.down, scales, "down_input", "down")
+    return x, linear_alone(jax.nn.silu(gate) * up, mlp.down, scales, "down_input", "down")
 
 
 @pytest.mark.slow
@@ -127,27 +134,83 @@ def composed(x: Any, added: Any, mlp: MlpWeights, scales: Any) -> tuple[jax.Arra
 @pytest.mark.parametrize("scales", [None, GIVEN])
 def test_the_mlp_equals_its_matmuls(biased: bool, recast: bool, scales: Any) -> None:
     x, added, _, mlp = block(0, biased)
-    ours = jax.vjp(lambda *a: fp8_normed_mlp(*a, How(recast)), x, added, mlp, scales)
+    ours = jax.vjp(lambda *a: mlp_alone(How(recast), *a), x, added, mlp, scales)
     theirs = jax.vjp(composed, x, added, mlp, scales)
     check_equal(ours, theirs, (numbers(30, 2, 5, 16), HUGE * numbers(31, 2, 5, 16)))
 
 
+def mlp_alone(how: How, x: Any, added: Any, mlp: MlpWeights, scales: Any) -> Any:
+    y, out, slot = fp8_normed_mlp(x, added, None, mlp, scales, how)
+    return y, cast_here(out, slot)
+
+
+def qkv(seed: int, biased: bool, normed: bool) -> QkvWeights:
+    shapes = [(16,), (16, 4, 6), (16, 2, 6), (16, 2, 6), (4, 6), (2, 6), (2, 6), (6,), (6,)]
+    made = [numbers(seed + i, *shape) for i, shape in enumerate(shapes)]
+    biases = made[4:7] if biased else [None] * 3
+    return QkvWeights(*made[:4], *biases, *(made[7:] if normed else [None] * 2))
+
+
+ROPE = rope_table(jnp.tile(jnp.arange(5), (2, 1)), 5, 6, 1e4)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("biased", "normed"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("recast", [False, True])
 @pytest.mark.parametrize("scales", [None, GIVEN])
-def test_queries_keys_and_values_equal_their_matmuls(recast: bool, scales: Any) -> None:
-    x, _, norm, _ = block(0, False)
-    weights = numbers(5, 16, 4, 6), numbers(6, 16, 2, 6), numbers(7, 16, 2, 6)
+def test_queries_keys_and_values_equal_their_matmuls(
+    biased: bool, normed: bool, recast: bool, scales: Any
+) -> None:
+    x, weights = block(0, False)[0], qkv(5, biased, normed)
 
-    def separate(x: Any, norm: Any, weights: Any, scales: Any) -> Any:
-        normed = rms_norm(x, norm, 1e-5)
-        pairs = zip(weights, ("q", "k", "v"), strict=True)
-        return x, tuple(fp8_linear(normed, w, scales, "attention_input", name) for w, name in pairs)
+    def separate(x: Any, weights: QkvWeights, scales: Any) -> Any:
+        inputs, heads = rms_norm(x, weights.norm, 1e-5), []
+        for name in "qkv":
+            w, bias = getattr(weights, name), getattr(weights, f"{name}_bias")
+            y = linear_alone(inputs, w, scales, "attention_input", name).reshape(2, 5, -1, 6)
+            heads.append(y if bias is None else y + bias)
+        q, k, v = heads
+        if normed:
+            q = norm_then_rope(q, weights.q_norm, ROPE, 1e-5)
+            k = norm_then_rope(k, weights.k_norm, ROPE, 1e-5)
+        else:
+            q, k = apply_rope(q, ROPE), apply_rope(k, ROPE)
+        return x, (q, k, v)
 
-    ours = jax.vjp(lambda *a: fp8_normed_qkv(*a, How(recast)), x, norm, weights, scales)
-    dys = tuple(HUGE * numbers(8 + i, 2, 5, width) for i, width in enumerate((24, 12, 12)))
-    theirs = jax.vjp(separate, x, norm, weights, scales)
+    def ours_of(x: Any, weights: QkvWeights, scales: Any) -> Any:
+        return fp8_normed_qkv(x, None, weights, ROPE, scales, How(recast))
+
+    dys = tuple(HUGE * numbers(18 + i, 2, 5, heads, 6) for i, heads in enumerate((4, 2, 2)))
+    ours, theirs = (jax.vjp(f, x, weights, scales) for f in (ours_of, separate))
     check_equal(ours, theirs, (numbers(11, 2, 5, 16), dys))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scales", [None, GIVEN])
+def test_a_slot_brings_the_gradient_that_its_array_would_get(scales: Any) -> None:
+    """The outputs of o and down, each added to the residual stream before the next norm."""
+    x, attention, _, mlp = block(0, False)
+    weights, o = qkv(5, False, True), numbers(40, 16, 16)
+
+    def both(in_slots: bool, x: Any, o: Any, mlp: MlpWeights, weights: Any, scales: Any) -> Any:
+        out, slot = fp8_linear(attention, o, scales)
+        if not in_slots:
+            out, slot = cast_here(out, slot), None
+        x, out, slot = fp8_normed_mlp(x, out, slot, mlp, scales, How())
+        if not in_slots:
+            out, slot = cast_here(out, slot), None
+        return fp8_normed_qkv(x + out, slot, weights, ROPE, scales, How())
+
+    dys = tuple(HUGE * numbers(18 + i, 2, 5, heads, 6) for i, heads in enumerate((4, 2, 2)))
+    found = [
+        jax.vjp(lambda *a, s=in_slots: both(s, *a), x, o, mlp, weights, scales)[1](
+            (numbers(11, 2, 5, 16), dys)
+        )
+        for in_slots in (True, False)
+    ]
+    for ours, expected in zip(*map(jax.tree.leaves, found), strict=True):
+        assert np.any(expected != 0)
+        np.testing.assert_array_equal(ours, expected)
 
 
 def check_equal(ours: Any, theirs: Any, gradients: Any) -> None:
@@ -173,7 +236,7 @@ def test_on_eight_devices_scales_are_those_of_whole_arrays() -> None:
 
     @jax.jit
     def all_three(x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
-        y, pull = jax.vjp(fp8_linear, x, w)
+        y, pull = jax.vjp(linear_alone, x, w)
         return y, *pull(dy)
 
     axes = ("batch", "sequence", None), ("embed", "mlp"), ("batch", "sequence", "mlp")

@@ -11,12 +11,17 @@ from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
 from consyn_jax.model.fp8.operands import (
     norm_gradients,
     norm_in_8_bits,
+    rotation_gradients_in_8_bits,
     swiglu_gradients_in_8_bits,
     swiglu_in_8_bits,
 )
-from consyn_jax.model.kernels.branched_norm import branched_norm_gradients
+from consyn_jax.model.fp8.quantisation import GRADIENT, quantise
+from consyn_jax.model.fp8.slots import slot_for
 from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
+from consyn_jax.model.kernels.eight_bit_norm_gradients import eight_bit_norm_gradients
+from consyn_jax.model.kernels.eight_bit_norm_rope import eight_bit_rotation_gradients
 from consyn_jax.model.kernels.eight_bit_swiglu import eight_bit_swiglu, eight_bit_swiglu_gradients
+from consyn_jax.model.rope import rope_table
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -57,14 +62,50 @@ def test_the_norm(shape: tuple[int, int, int], scale: float, is_added: bool) -> 
     assert (top == 448) == (scale == 2.0**-9)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**-15])
 @pytest.mark.parametrize("uses", [1, 3])
-def test_the_gradients_of_the_norm(uses: int) -> None:
-    x, dx, *dnormed = (numbers(i, 2, 32, 256) for i in range(2 + uses))
-    given = x, numbers(9, 256, dtype=jnp.float32), EPS, dx, tuple(dnormed)
-    for got, want in zip(branched_norm_gradients(*given), norm_gradients(*given), strict=True):
+def test_the_gradients_of_the_norm(uses: int, shape: tuple[int, int, int], scale: float) -> None:
+    x, dx, *dnormed = (numbers(i, *shape) for i in range(2 + uses))
+    slot = slot_for(x, jnp.float32(scale))
+    given = x, numbers(9, shape[-1], dtype=jnp.float32), EPS, dx, tuple(dnormed), slot
+    found, expected = eight_bit_norm_gradients(*given), norm_gradients(*given)
+    for got, want in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_allclose(
             np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0.01, atol=1e-4
         )
+    check_equal(found[2], expected[2])
+    # The 8-bit gradient is that of the rounded one, bit for bit.
+    values, largest = quantise(found[0], GRADIENT, slot.scale)
+    for got, want in zip(found[2][:3], (*values[:2], largest), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+    top = np.abs(np.asarray(found[2].values, np.float32)).max()
+    assert (top == 57344) == (float(largest) / scale >= 57344)
+
+
+# Rows, tokens, heads and their width: whole tiles of tokens, and others.
+HEADS = [(2, 32, 3, 64), (3, 7, 2, 16), (1, 33, 1, 128)]
+
+
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("scale", [2.0**-9, 2.0**-16])
+def test_the_gradients_of_queries_and_keys(shape: tuple[int, int, int, int], scale: float) -> None:
+    given = rotation(*shape)
+    found, expected = (
+        jax.jit(f, static_argnums=(3, 4))(*given, jnp.float32(scale))
+        for f in (eight_bit_rotation_gradients, rotation_gradients_in_8_bits)
+    )
+    check_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=2**-10, atol=1e-4)
+    top = np.abs(np.asarray(found[0][0].values, np.float32)).max()
+    assert (top == 57344) == (scale == 2.0**-16)
+
+
+def rotation(B: int, T: int, N: int, H: int) -> tuple[Any, ...]:
+    positions = jnp.asarray(np.random.default_rng(3).integers(0, 64, (B, T)), jnp.int32)
+    scale_H = 1 + numbers(1, H, dtype=jnp.float32) / 8
+    heads, gradient = numbers(0, B, T, N, H), numbers(2, B, T, N, H)
+    return heads, scale_H, rope_table(positions, 64, H, 1e4), EPS, "heads", gradient
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,7 +130,12 @@ def test_nonfinite_values_are_not_hidden(wrong: float) -> None:
     _, normed, _ = eight_bit_norm(gate, jnp.ones(64), EPS, one)
     hidden, _ = eight_bit_swiglu(gate, up, one)
     (dgate, _), (dup, _) = eight_bit_swiglu_gradients(gate, up, dhidden, (one, one))
-    for written in (normed, hidden, dgate, dup):
+    slot = slot_for(gate, one)
+    _, _, dx = eight_bit_norm_gradients(gate, jnp.ones(64), EPS, up, (dhidden,), slot)
+    q, *others, dout = rotation(1, 4, 2, 32)
+    dout = dout.at[0, 1, 0, 2].set(wrong)
+    (dq, _), _ = eight_bit_rotation_gradients(q, *others, dout, one)
+    for written in (normed, hidden, dgate, dup, dx, dq):
         assert np.isnan(np.asarray(written.values, np.float32)[0, 1, 2])
         assert np.isnan(np.asarray(written.transposed, np.float32)[2, 0, 1])
 
@@ -107,19 +153,33 @@ def test_on_eight_devices_both_layouts_and_maxima_are_those_of_whole_arrays() ->
     mesh = build_mesh(dict.fromkeys(AXES, 1) | {"data": 2, "context": 2, "tensor": 2})
     one = jnp.float32(2.0**-7)
 
-    def all_kernels(x: Any, gate: Any, up: Any, dhidden: Any) -> Any:
-        return (
+    def all_kernels(x: Any, gate: Any, up: Any, dhidden: Any, q: Any, cos: Any, sin: Any) -> Any:
+        turned = q, 1 + jnp.arange(32) / 32, (cos, sin), EPS, "heads", jnp.sin(q)
+        dx, dnorm, slot = eight_bit_norm_gradients(
+            x, jnp.ones(64), EPS, x, (x, x), slot_for(x, one)
+        )
+        dq, dq_norm = eight_bit_rotation_gradients(*turned, one)
+        written = (
             eight_bit_norm(x, jnp.ones(64), EPS, one, x),
+            (dx, slot),
             eight_bit_swiglu(gate, up, one),
             eight_bit_swiglu_gradients(gate, up, dhidden, (one, one)),
+            dq,
         )
+        return written, (dnorm, dq_norm)
 
-    arrays = [numbers(i, 4, 8, 64) for i in range(4)]
+    q, _, rope, *_ = rotation(4, 8, 2, 32)
+    arrays = [*(numbers(i, 4, 8, 64) for i in range(4)), q, *rope]
     alone = all_kernels(*arrays)
-    axes = [("batch", "sequence", None), *[("batch", "sequence", "mlp")] * 3]
+    tokens = "batch", "sequence"
+    axes = [(*tokens, None), *[(*tokens, "mlp")] * 3, (*tokens, "heads", None)]
+    axes += [(*tokens, None, None)] * 2
     placed = [
         jax.device_put(value, sharding(mesh, names))
         for value, names in zip(arrays, axes, strict=True)
     ]
     with jax.set_mesh(mesh):
-        check_equal(jax.device_get(jax.jit(all_kernels)(*placed)), jax.device_get(alone))
+        found = jax.device_get(jax.jit(all_kernels)(*placed))
+    check_equal(found[0], jax.device_get(alone[0]))
+    for got, want in zip(found[1], alone[1], strict=True):  # sums over tokens, in another order
+        np.testing.assert_allclose(got, want, rtol=1e-5)
