@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from harness import alternate, parser, repeated, report
 
+from consyn_jax.distributed.hardware import described_memory
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE
 from consyn_jax.training.loss import GPU_CHUNKS, Chunks, cross_entropy, head_loss
 
@@ -57,7 +58,8 @@ def chunked(x: Any, head: Any, labels: Any, mask: Any, chunks: Chunks) -> jax.Ar
 def losses_of(size: Size, on_gpu: bool) -> dict[str, Callable[..., jax.Array]]:
     """The losses to compare, by name."""
     elements = size.tokens * size.words // 16  # small sizes get as many chunks
-    training = GPU_CHUNKS if on_gpu else Chunks(elements)
+    known = described_memory(jax.devices()[0].device_kind)
+    training = GPU_CHUNKS._replace(gpu_bytes=known) if on_gpu else Chunks(elements)
     losses: dict[str, Callable[..., jax.Array]] = {"all at once": plain} if size.plain_fits else {}
     losses[TRAINING] = partial(chunked, chunks=training)
     others = (LOGITS_AT_ONCE, 4 * LOGITS_AT_ONCE) if on_gpu else (elements // 2, 4 * elements)
