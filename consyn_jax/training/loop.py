@@ -101,7 +101,7 @@ class Training:
         self.stack.callback(compiler.shutdown)
         # Compile the train step while the state is created or restored.
         compiling = compiler.submit(compile_to_fit, run, self.inputs.compile_train_step)
-        self.tuned_s = tune_alone(compiling, self.path, self.console, self.watchdog)
+        self.tuned_s = tune_alone(compiling, self.path, self.watchdog, self.console.warn)
         state = self._begin()
         # No step is left if an earlier start saved its last checkpoint but did not write the model.
         if not after_evaluation.is_over(self.progress, self.total_steps, run.evaluation):

@@ -329,6 +329,7 @@ def open_run(inputs: RunInputs, stack: ExitStack) -> OpenRun:
     console = stack.enter_context(
         Console(quiet=logging.quiet or not writes, logging_steps=logging.logging_steps)
     )
+    watchdog.entered = partial(_enter, ActivityClock(), console)  # until the log is open
     if directory.is_adopted:
         console.note(
             f"The run in {path} was started by an older version, which gave runs no id, so it gets "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import jax
 
 from consyn_jax.distributed.gpu_clocks import open_nvml
 from consyn_jax.distributed.visible_gpus import visible_gpus
-from consyn_jax.training.logging.console import Console
 from consyn_jax.training.runtime.kernel_choices import names_of_choices, read_kernels
 from consyn_jax.training.runtime.watchdog import COMPILING, Watchdog
 
 
 def tune_alone(
-    compiling: Future[Any], run_directory: Path, console: Console, watchdog: Watchdog
+    compiling: Future[Any],
+    run_directory: Path,
+    watchdog: Watchdog,
+    warn: Callable[[str], object],
 ) -> float:
     """Wait for the compiler if it times kernels, and warn if another process disturbs that.
 
@@ -35,7 +37,6 @@ def tune_alone(
     """
     if jax.default_backend() != "gpu" or read_kernels(run_directory) is not None:
         return 0.0
-    console.enter(COMPILING, is_told=True)
     watchdog.at(COMPILING, 0)
     # A process of a larger run may see the GPUs of the other processes, so it does not look.
     gpus = visible_gpus() if jax.process_count() == 1 else []
@@ -44,7 +45,7 @@ def tune_alone(
     others = others or other_processes(gpus)
     if others and names_of_choices() - chosen:
         options: Any = jax.config
-        console.warn(
+        warn(
             f"Process {others[0]} used the same GPU while XLA timed kernels for this run, so slow "
             "ones may have been chosen. To choose again, end that process, delete "
             f"{options.jax_compilation_cache_dir}, and start again with --overwrite."

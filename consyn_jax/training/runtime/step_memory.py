@@ -175,8 +175,8 @@ def _full_memory(
     peak = max(at_head, at_block) + _weight_copies(c, fsdp, tensor, unrolled, accumulation)
     peak += tokens * (c.head_dim * FLOAT32 + accumulation * BATCH_BYTES)  # rotations, and the batch
     if moment_bytes == 0:  # in host memory; old and new ones of the embeddings meet on the device
-        embeddings = head / fsdp * (1 if c.tie_embeddings else 2)
-        peak = max(peak, gradients + 3 * embeddings - activations)
+        moments = head / fsdp * (2 if c.tie_embeddings else 6)
+        peak = max(peak, gradients + moments - activations)
     return MemoryEstimate(
         parameters=int(own * FLOAT32),
         moments=int(own * moment_bytes),

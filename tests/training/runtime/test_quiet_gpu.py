@@ -13,7 +13,6 @@ from unittest.mock import Mock
 import jax
 import pytest
 
-from consyn_jax.training.logging.console import Console
 from consyn_jax.training.runtime import quiet_gpu
 from consyn_jax.training.runtime.kernel_choices import KERNELS
 from consyn_jax.training.runtime.quiet_gpu import other_processes, tune_alone
@@ -70,16 +69,17 @@ def run(directory: Path, waits: bool, compiles: Callable[[], object] = lambda: N
     Args:
         compiles: What the compiler does at its end.
     """
-    console, watchdog, may_end = Mock(spec=Console), Mock(spec=Watchdog), Event()
+    said, watchdog, may_end = list[str](), Mock(spec=Watchdog), Event()
     with ThreadPoolExecutor(2) as pool:
         compiling: Future[Any] = pool.submit(lambda: may_end.wait() and compiles())
-        tuning = pool.submit(tune_alone, compiling, directory, console, watchdog)
+        tuning = pool.submit(tune_alone, compiling, directory, watchdog, said.append)
         try:
             assert wait([tuning], 0.3 if waits else 60).done == (set() if waits else {tuning})
         finally:
             may_end.set()
         assert (tuning.result() > 0) == waits
-    return [call.args[0] for call in console.warn.call_args_list]
+    assert watchdog.at.called == waits
+    return said
 
 
 def test_on_a_gpu_the_state_waits_for_the_tuning(
@@ -104,7 +104,7 @@ def test_a_step_that_does_not_fit_ends_the_run_before_its_state_is_created(
     failed: Future[Any] = Future()
     failed.set_exception(MemoryError("too large"))
     with pytest.raises(MemoryError, match="too large"):
-        tune_alone(failed, tmp_path, Mock(spec=Console), Mock(spec=Watchdog))
+        tune_alone(failed, tmp_path, Mock(spec=Watchdog), Mock())
 
 
 def test_on_a_cpu_the_state_is_created_meanwhile(
