@@ -117,8 +117,7 @@ def softmax_gradient(
 
     Returns:
         The gradient [n, V] in `dtype`, and four float32 values per token: the largest logit,
-        log(Z), the logit of the label, and the mean logit, which is valid only with label
-        smoothing.
+        log(Z), the logit of the label, and, valid only with label smoothing, the mean logit.
     """
     n, V = logits_nV.shape
     assert n * V < 2**31, "kernels count elements in 32 bits"
