@@ -2,13 +2,15 @@
 
 import importlib.util
 import math
+import os
 import re
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from analyses import RESOURCES, array_shapes
-from recipes import IS_NEWEST, ONE_LAYER, STANZA, STEPS, VERSE, dumped, recipe
+from recipes import IS_NEWEST, ONE_LAYER, STANZA, STEPS, VERSE, dumped, dumping, recipe, run_apart
 
 from consyn_jax.distributed.auto_mesh import FITS
 from consyn_jax.planning.plan import estimate
@@ -88,6 +90,20 @@ def test_the_step_runs_this_packages_kernels_and_none_spills(
         assert spilled <= most, (kernel, spilled)
         assert stack <= 2 * most, (kernel, stack)
         assert registers <= 255
+    check_softmax(ptx["softmax_gradient"], recipe(name, {})[0].padded_vocab_size, 4)
+
+
+def check_softmax(ptx: str, words: int, logit_bytes: int) -> None:
+    """It reads every logit once, computes one exponential for each, and has no atomics.
+
+    All is one straight piece of code, so what a thread executes can be counted in the text.
+    """
+    code = ptx.partition(".entry softmax_gradient(")[2]
+    threads = int(re.findall(r"\.(?:reqntid|maxntid) (\d+)", code)[0])
+    assert not re.search(r"\bbra\b", code)
+    assert len(re.findall(r"\bex2\.approx", code)) * threads == words
+    assert 16 * len(re.findall(r"ld\.global\.v4\.b32", code)) * threads == words * logit_bytes
+    assert not re.search(r"\b(atom|red)\.", code)
 
 
 @pytest.mark.parametrize(("name", "gpu"), STEPS)
@@ -122,8 +138,73 @@ def test_logits_in_bf16_are_overwritten_by_their_gradients(tmp_path: Path) -> No
     assert "st.global" not in alone
     assert "st.global.v4.b32" in rest
     assert "ld.global.nc" not in code
+    check_softmax(ptx["softmax_gradient"], words, 2)
     stack, spilled, _ = resources(ptx["softmax_gradient"], tmp_path)
     assert (stack, spilled) == (0, 0)
+
+
+SOFTMAX = """
+import json
+import jax, jax.numpy as jnp
+from consyn_jax.distributed.mesh import AXES, build_mesh, sharding
+from consyn_jax.model.kernels.softmax_gradient import softmax_gradient
+from consyn_jax.planning.topology import parse_topology
+
+def compile(gpu, words, vocab_size, logits, gradient, extras):
+    mesh = build_mesh(dict.fromkeys(AXES, 1), parse_topology(gpu + ":1x1").described_devices())
+    shapes = ((64, words), logits), ((64,), "int32"), ((64,), "float32")
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, (None,) * len(shape)))
+        for shape, dtype in shapes
+    ]
+    def kernel(*arrays):
+        return softmax_gradient(*arrays, vocab_size, *extras, jnp.dtype(gradient))
+    with jax.set_mesh(mesh):
+        jax.jit(kernel, donate_argnums=0 if logits == gradient else ()).lower(*given).compile()
+
+compile(*{arguments})
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "vocab_size", "logits", "gradient", "extras"),
+    [
+        (131_072, 131_072, "float32", "bfloat16", (0.0, 0.0)),
+        (131_072, 131_072, "bfloat16", "bfloat16", (0.0, 0.0)),
+        (50_304, 50_257, "float32", "bfloat16", (0.1, 1e-3)),
+        (49_152, 49_152, "float32", "float32", (0.0, 1e-3)),
+    ],
+)
+@pytest.mark.parametrize(
+    "gpu",
+    [
+        "h200",
+        *(
+            pytest.param(gpu, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for gpu in ("b200", "a100", "rtx4090")
+        ),
+    ],
+)
+def test_the_softmax_of_other_sizes_does_not_spill(
+    gpu: str,
+    words: int,
+    vocab_size: int,
+    logits: str,
+    gradient: str,
+    extras: tuple[float, float],
+    tmp_path: Path,
+) -> None:
+    arguments = repr((gpu, words, vocab_size, logits, gradient, extras))
+    with mock.patch.dict(os.environ, XLA_FLAGS=dumping(tmp_path / "dump")):
+        run_apart(SOFTMAX.replace("{arguments}", arguments))
+    [ptx] = (
+        text
+        for path in tmp_path.glob("dump/*.ptx")
+        if ".entry softmax_gradient(" in (text := path.read_text())
+    )
+    stack, spilled, registers = resources(ptx, tmp_path)
+    assert (stack, spilled) == (0, 0)
+    assert registers <= 128
 
 
 @pytest.mark.parametrize(

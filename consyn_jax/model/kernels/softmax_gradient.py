@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 THREADS, KEPT = 512, 96
 # Logits that a thread keeps where the rest needs more registers: with label smoothing, with weights
 # that are arguments, and if gradients are float32.
-KEPT_IN_FEWER = 80
+KEPT_IN_FEWER = 64
 # Logits that a thread reads at once, of those that are read twice.
 AT_ONCE = 32
 # Logit of padding. It is finite, so that a thread that has only padding gives no NaN.
@@ -42,8 +42,8 @@ class Row(NamedTuple):
         threads: Threads that share a unit.
         width: Logits of a unit.
         units: Units of the row; the last ones may reach beyond its end.
-        streamed: Number of units that are read twice, the first of the row.
-        at_once: Number of those that are read at once.
+        blocks: Number of blocks of units that are read twice, at the beginning of the row.
+        at_once: Units of a block, which are read at once.
     """
 
     num_logits: int
@@ -51,8 +51,13 @@ class Row(NamedTuple):
     threads: int
     width: int
     units: int
-    streamed: int
+    blocks: int
     at_once: int
+
+    @property
+    def streamed(self) -> int:
+        """Number of units that are read twice."""
+        return self.blocks * self.at_once
 
     def mask(self, j: Any, end: int) -> Any:
         """Select the logits of unit `j` that lie before `end`; None if all do."""
@@ -75,9 +80,9 @@ def divided(num_logits: int, vocab_size: int, itemsize: int, kept: int) -> Row:
     """Divide a row of logits of `itemsize` bytes, of which a thread can keep the number `kept`.
 
     >>> divided(49_152, 49_152, 2, 96)[2:]
-    (512, 4096, 12, 0, 1)
+    (512, 4096, 12, 0, 0)
     >>> divided(131_072, 131_072, 2, 96)[2:]
-    (512, 2048, 64, 40, 8)
+    (512, 2048, 64, 5, 8)
     """
     threads = min(max(pl.next_power_of_2(pl.cdiv(num_logits, 64)), 128), THREADS)
     # Reading 16 bytes at once is best; what is carried through a loop must be in few registers.
@@ -85,9 +90,9 @@ def divided(num_logits: int, vocab_size: int, itemsize: int, kept: int) -> Row:
     width = each * threads
     units = pl.cdiv(num_logits, width)
     beyond = max(0, units - kept // each)
-    at_once = max(1, min(beyond, AT_ONCE // each))
-    streamed = pl.cdiv(beyond, at_once) * at_once
-    return Row(num_logits, vocab_size, threads, width, units, streamed, at_once)
+    blocks = pl.cdiv(beyond, AT_ONCE // each)
+    at_once = pl.cdiv(beyond, max(blocks, 1))
+    return Row(num_logits, vocab_size, threads, width, units, blocks, at_once)
 
 
 def softmax_gradient(
@@ -112,8 +117,7 @@ def softmax_gradient(
 
     Returns:
         The gradient [n, V] in `dtype`, and four float32 values per token: the largest logit,
-        log(Z), the logit of the label, and the mean logit, which is valid only with label
-        smoothing.
+        log(Z), the logit of the label, and, valid only with label smoothing, the mean logit.
     """
     n, V = logits_nV.shape
     assert n * V < 2**31, "kernels count elements in 32 bits"
@@ -189,7 +193,7 @@ def _kernel(arguments, constants, smooths: bool, row: Row, *refs):
             write(first + j, jnp.exp2((load(first + j) - top) * LOG2_E))
         return carry
 
-    jax.lax.fori_loop(0, row.streamed // row.at_once, write_streamed, 0)
+    jax.lax.fori_loop(0, row.blocks, write_streamed, 0)
 
 
 def _reduce_row(load: Callable[[Any], jax.Array], row: Row, smooths: bool) -> Any:
@@ -215,13 +219,12 @@ def _reduce_row(load: Callable[[Any], jax.Array], row: Row, smooths: bool) -> An
 
     tops = jnp.full((row.width,), NEVER, jnp.float32)
     totals = sums = jnp.zeros((row.width,), jnp.float32)
-    blocks = row.streamed // row.at_once
-    tops, totals, sums = jax.lax.fori_loop(0, blocks, add_block, (tops, totals, sums))
+    tops, totals, sums = jax.lax.fori_loop(0, row.blocks, add_block, (tops, totals, sums))
     units = range(row.streamed, row.units)
     logits = [load(j) for j in units]
     top = jnp.max(reduce(jnp.maximum, logits, tops))
     powers = [jnp.exp2((x - top) * LOG2_E) for x in logits]
-    if row.streamed:
+    if row.blocks:
         totals = totals * jnp.exp2((tops - top) * LOG2_E)
     total_logit = jnp.float32(0)
     if smooths:
