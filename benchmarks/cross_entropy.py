@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from harness import alternate, parser, repeated, report
 
+from consyn_jax.distributed.hardware import described_memory
 from consyn_jax.model.arithmetic import LOGITS_AT_ONCE
+from consyn_jax.model.kernels.softmax_gradient import softmax_gradient
 from consyn_jax.training.loss import GPU_CHUNKS, Chunks, cross_entropy, head_loss
 
 TRAINING = "as in training"
@@ -57,7 +59,9 @@ def chunked(x: Any, head: Any, labels: Any, mask: Any, chunks: Chunks) -> jax.Ar
 def losses_of(size: Size, on_gpu: bool) -> dict[str, Callable[..., jax.Array]]:
     """The losses to compare, by name."""
     elements = size.tokens * size.words // 16  # small sizes get as many chunks
-    training = GPU_CHUNKS if on_gpu else Chunks(elements)
+    training = Chunks(elements)
+    if on_gpu:
+        training = GPU_CHUNKS._replace(gpu_bytes=described_memory(jax.devices()[0].device_kind))
     losses: dict[str, Callable[..., jax.Array]] = {"all at once": plain} if size.plain_fits else {}
     losses[TRAINING] = partial(chunked, chunks=training)
     others = (LOGITS_AT_ONCE, 4 * LOGITS_AT_ONCE) if on_gpu else (elements // 2, 4 * elements)
@@ -79,6 +83,8 @@ def measure(tiny: bool = False) -> dict[str, Any]:
     for name, size in (SIZES if on_gpu else SMALL).items():
         found = measure_size(size, dtype, on_gpu, 3 if tiny else 7)
         rows += [{"head": name, **row} for row in found]
+    if on_gpu:
+        rows.append(softmax_kernel())
     first = rows[0]["head"]
     ratio = next(
         row["against all at once"]
@@ -116,6 +122,22 @@ def measure_size(size: Size, dtype: Any, on_gpu: bool, rounds: int) -> list[dict
         }
         for label, median in medians.items()
     ]
+
+
+def softmax_kernel(tokens: int = 2048, words: int = 49_152) -> dict[str, Any]:
+    """The row of the kernel for the softmax and its gradient, alone, on float32 logits."""
+    keys = jax.random.split(jax.random.key(0))
+    logits = jax.random.normal(keys[0], (tokens, words))
+    labels = jax.random.randint(keys[1], (tokens,), 0, words)
+
+    @jax.jit
+    def kernel(logits: Any, labels: Any, weights: Any) -> Any:
+        return softmax_gradient(logits, labels, weights, words, 0.0, 0.0, jnp.bfloat16)
+
+    turn = repeated(partial(kernel, logits, labels, jnp.ones(tokens)), 50)
+    (seconds,) = alternate({"": turn}, 7).values()
+    size = f"{tokens:,} x {words:,}"
+    return {"head": size, "logits": "softmax kernel", "ms": 1e3 * float(np.median(seconds)) / 50}
 
 
 def _errors(steps: dict[str, Any], inputs: tuple[jax.Array, ...]) -> dict[str, float]:
