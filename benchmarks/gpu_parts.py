@@ -83,33 +83,21 @@ CHAPTERS: dict[str, tuple[Part, ...]] = {
         Part("attention", "attention:measure", 60),
         Part("attention_checks", "gpu_checks:attention", 60),
     ),
-    "fp8": (
-        Part("fp8", "train_step:fp8", 80, {"rounds": 4}),
-        Part("logits", "train_step:logits", 40, {"rounds": 4}),
-    ),
+    "fp8": (Part("fp8", "train_step:fp8", 80, {"rounds": 4}),),
     "rows": (against_torch("vs_verse", "verse", 110, "compiled", "fused_loss"),),
     "rows_stanza": (against_torch("vs_stanza", "stanza", 115, "compiled", "fused_loss"),),
-    "run": (
-        Part("run", "profiled_run:measure", 40),
-        Part("exact_sums", "train_step:exact_sums", 40, {"rounds": 4}),
-    ),
+    "run": (Part("run", "profiled_run:measure", 40),),
+    "exact_sums": (Part("exact_sums", "train_step:exact_sums", 40, {"rounds": 4}),),
     "enwik8": (
         step_of("enwik8", 40),
         against_torch("vs_enwik8", "enwik8", 70, "compiled", tiny={"models": ("tiny, muon",)}),
     ),
     "head": (Part("cross_entropy", "cross_entropy:measure", 65),),
-    "epic": (
-        step_of("epic", 50),
-        Part("optimizer", "optimizer:measure", 70, {"rounds": 5}, {}),
-    ),
     "max_autotune": (against_torch("vs_verse_autotuned", "verse", 120, "max_autotune"),),
+    "epic": (step_of("epic", 50),),
+    "logits": (Part("logits", "train_step:logits", 40, {"rounds": 4}),),
     "max_autotune_stanza": (against_torch("vs_stanza_autotuned", "stanza", 120, "max_autotune"),),
-    "fp8_torch": (
-        against_torch(
-            *("vs_stanza_fp8", "stanza, fp8", 120, "fp8"),
-            tiny={"models": ("tiny, fp8",), "against": ("eager", "fp8")},
-        ),
-    ),
+    "optimizer": (Part("optimizer", "optimizer:measure", 70, {"rounds": 5}, {}),),
     "checks": (
         Part("model", "gpu_checks:model", 110, gpu="all"),
         Part("optimizers", "gpu_checks:optimizer", 80, gpu="all"),
@@ -126,6 +114,12 @@ CHAPTERS: dict[str, tuple[Part, ...]] = {
         Part("compile_time", "compile_time:measure", 70),
     ),
     "generate": (Part("generate", "generate:on_gpu", 90, gpu="two"),),
+    "fp8_torch": (
+        against_torch(
+            *("vs_stanza_fp8", "stanza, fp8", 120, "fp8"),
+            tiny={"models": ("tiny, fp8",), "against": ("eager", "fp8")},
+        ),
+    ),
 }
 PARTS = tuple(part for parts in CHAPTERS.values() for part in parts)
 

@@ -174,10 +174,9 @@ class TrainStep:
         gpu = described_gpu(jax.devices()[0].device_kind)
         if gpu is None:
             return None
-        topology = GpuTopology(gpu, 1, 1)
-        return estimate_step(
-            workload(self.config, self.run, self.program.mesh.shape, gpu.memory_bytes), topology
-        ).total
+        mesh = self.program.mesh
+        work = workload(self.config, self.run, mesh.shape, gpu.memory_bytes)
+        return estimate_step(work, GpuTopology(gpu, 1, mesh.size)).total
 
     def batch(self, seed: int, documents: int = 1) -> dict[str, jax.Array]:
         """A batch from `make_batch`, on the device."""
