@@ -2,6 +2,7 @@
 says what became of each."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -217,6 +218,93 @@ def test_the_cost_of_exactness_is_that_of_other_sums(gpu_report: Any) -> None:
 
     (row,) = train_step.exact_sums(tiny=True)["rows"]
     assert row["exactness costs"] == pytest.approx(row["by atomics is faster by"] - 1)
+
+
+class Answers:
+    """A worker that gives the losses of a contestant, or fails if it has none."""
+
+    def __init__(self, *losses: float, error: str = "") -> None:
+        self.losses, self.error = list(losses), error
+
+    def ask(self, method: str, *given: Any) -> list[float]:
+        assert method == "losses"
+        if self.error:
+            raise RuntimeError(f"Traceback:\n{self.error}\n")
+        return self.losses
+
+
+def test_a_contestant_that_fails_leaves_the_race(gpu_report: Any) -> None:
+    """The others go on; one that differs, or that nobody could run, is no answer."""
+    import vs_pytorch
+
+    workers = {
+        "consyn_jax": Answers(2.0, 1.0),
+        "eager": Answers(2.0, 1.001),
+        "compiled": Answers(2.0, 1.1),
+        "fused_loss": Answers(2.0, math.nan),
+        "max_autotune": Answers(error="OutOfMemoryError: no memory"),
+        "fp8": Answers(error="ModuleNotFoundError: No module named 'torchao'"),
+    }
+    losses, absent = vs_pytorch.compare_losses(workers, 0.01, math.inf)
+    assert list(losses) == ["consyn_jax", "eager"]
+    assert absent["compiled"] == "its losses are 1.0e-01 apart from ours"
+    assert absent["fused_loss"] == "its losses are inf apart from ours"
+    rows = {name: vs_pytorch._absent("verse", name, note) for name, note in absent.items()}
+    assert {name for name, row in rows.items() if row.get("ok") is False} == {
+        "compiled",
+        "fused_loss",
+        "max_autotune",
+    }
+    assert rows["max_autotune"]["note"] == "OutOfMemoryError: no memory"
+    _, late = vs_pytorch.compare_losses(workers, 0.01, until=0.0)
+    assert set(late.values()) == {"no time was left"}
+
+
+def test_a_race_has_as_many_rounds_as_its_time_allows(
+    gpu_report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vs_pytorch
+
+    class Steady:
+        """A contestant that takes a second for a step."""
+
+        now = 0.0
+
+        def ask(self, method: str, who: str, steps: int) -> float:
+            Steady.now += steps
+            return 0.0
+
+    for clock in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(f"time.{clock}", lambda: Steady.now)
+    workers = {"consyn_jax": Steady(), "eager": Steady()}
+    # Two steps of each take 4 s; a round is 4 s, and the first one warms up.
+    for ends, rounds in ((4 + 16, 3), (4, 1), (math.inf, 5)):
+        Steady.now = 0.0
+        steps, turns, _ = vs_pytorch.timed(workers, 5, 2.0, ends)
+        assert (steps, [len(each) for each in turns.values()]) == (2, [rounds, rounds])
+        assert set(turns["eager"]) == {2.0}
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    ("case", "way"), [("tiny", "eager"), ("tiny", "fused_loss"), ("tiny, muon", "eager")]
+)
+def test_torch_takes_our_steps(
+    gpu_report: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str, way: str
+) -> None:
+    """A rate at which the first losses depend on the updates; nothing is compiled in torch."""
+    import programs
+    import vs_pytorch
+
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    flags = programs.CASES[case].flags | {"warmup_steps": 0, "lr": 0.02}
+    ours = vs_pytorch.Ours(flags, programs.CASES[case].vocab_size, tmp_path)
+    theirs = vs_pytorch.Torch(ours.facts, tmp_path)
+    losses = ours.losses("", 8)
+    assert losses[-1] < losses[0] - 0.5
+    assert vs_pytorch.apart(theirs.losses(way, 8), losses) < 1e-5
 
 
 def test_idle_time_is_read_from_a_trace(gpu_report: Any) -> None:
