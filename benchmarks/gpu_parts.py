@@ -79,10 +79,7 @@ CHAPTERS: dict[str, tuple[Part, ...]] = {
     "documents_stanza": (
         against_torch("vs_stanza_documents", "stanza", 115, "compiled", "fused_loss", documents=8),
     ),
-    "attention": (
-        Part("attention", "attention:measure", 60),
-        Part("attention_checks", "gpu_checks:attention", 60),
-    ),
+    "attention": (Part("attention", "attention:measure", 60),),
     "fp8": (Part("fp8", "train_step:fp8", 80, {"rounds": 4}),),
     "rows": (against_torch("vs_verse", "verse", 110, "compiled", "fused_loss"),),
     "rows_stanza": (against_torch("vs_stanza", "stanza", 115, "compiled", "fused_loss"),),
@@ -100,6 +97,7 @@ CHAPTERS: dict[str, tuple[Part, ...]] = {
     "optimizer": (Part("optimizer", "optimizer:measure", 70, {"rounds": 5}, {}),),
     "checks": (
         Part("model", "gpu_checks:model", 110, gpu="all"),
+        Part("attention_checks", "gpu_checks:attention", 120, gpu="all"),
         Part("optimizers", "gpu_checks:optimizer", 80, gpu="all"),
         Part("training", "gpu_checks:training", 60, gpu="all"),
     ),
