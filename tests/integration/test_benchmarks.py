@@ -31,6 +31,7 @@ def gpu_report(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3900)
 def test_a_rehearsal_runs_all_parts(gpu_report: Any, tmp_path: Path) -> None:
     """Every part but those that make the same call as an earlier one."""
     out = tmp_path / "report.json"
