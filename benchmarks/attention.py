@@ -257,8 +257,11 @@ def main() -> None:
     """Run, print the table, write JSON."""
     arguments = parser(__doc__)
     arguments.add_argument("--tiles", action="store_true", help="also other tiles for the kernel")
+    arguments.add_argument(
+        "--budget_s", type=float, default=1e9, help="seconds, after which no attention begins"
+    )
     given = arguments.parse_args()
-    report(measure(given.tiny, given.tiles), given.out)
+    report(measure(given.tiny, given.tiles, given.budget_s), given.out)
 
 
 if __name__ == "__main__":

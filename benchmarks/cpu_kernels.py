@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import facts, parser, table, write
-from vs_pytorch import COMPILED, Ours, Torch, Worker
+from torch_step import COMPILED, Torch
+from vs_pytorch import Ours, Worker
 
 HEAD, MLP, PROJECTIONS = "matmuls of the head", "matmuls of the MLP", "matmuls of projections"
 ATTENTION, OPTIMIZER, REST = "attention", "optimizer and clipping", "rest: loss, norms, copies"
@@ -113,14 +114,14 @@ class TorchProfiled(Torch):
 
     def __init__(self, given: dict[str, Any], exported: Path) -> None:
         one_core()
-        super().__init__(given, exported, [COMPILED])
+        super().__init__(given, exported)
         self.torch.set_num_threads(1)
 
     def profile(self, steps: int) -> Found:
         """Milliseconds and FLOPs of each group."""
         from torch.profiler import ProfilerActivity, profile
 
-        self.reset()
+        self.reset(COMPILED)
         self.turn(COMPILED, 2)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
             self.turn(COMPILED, steps)

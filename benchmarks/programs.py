@@ -12,10 +12,15 @@ import jax
 import numpy as np
 
 from consyn_jax.config import RunConfig, architecture
+from consyn_jax.config_file import read_config_file
 from consyn_jax.distributed.allocators import keep_freed_memory
 from consyn_jax.distributed.auto_mesh import Machine
+from consyn_jax.distributed.hardware import described_gpu
 from consyn_jax.model.parameters import initial_parameters, unchanged
 from consyn_jax.model_config import ModelConfig
+from consyn_jax.planning.roofline import estimate_step
+from consyn_jax.planning.topology import GpuTopology
+from consyn_jax.planning.workload import workload
 from consyn_jax.resolve import resolve
 from consyn_jax.tokenization import BPETokenizer
 from consyn_jax.training.dataset import get_dataset
@@ -45,21 +50,31 @@ class Case:
     note: str = ""
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+OF_DATA = ("tokenizer", *CLEANING)
 CPU, GPU = {"mixed_precision": "no"}, {"mixed_precision": "bf16"}
+TINY = {
+    "model": "haiku",
+    "num_layers": 2,
+    "hidden_dim": 32,
+    "num_heads": 2,
+    "mlp_dim": 64,
+    "batch_size": 2,
+    "max_tokens": 32,
+    **CPU,
+}
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The flags of a recipe in `configs`, without those of its data."""
+    read = read_config_file(CONFIGS / f"{name}.yaml")
+    return {flag: value for flag, value in read.items() if flag not in OF_DATA}
+
+
 CASES = {
-    "tiny": Case(
-        {
-            "model": "haiku",
-            "num_layers": 2,
-            "hidden_dim": 32,
-            "num_heads": 2,
-            "mlp_dim": 64,
-            "batch_size": 2,
-            "max_tokens": 32,
-            **CPU,
-        },
-        512,
-    ),
+    "tiny": Case(TINY, 512),
+    "tiny, muon": Case(TINY | {"optimizer": "muon"}, 512),
+    "tiny, fp8": Case(TINY | {"mixed_precision": "fp8"}, 512),
     "haiku": Case({"model": "haiku", "batch_size": 8, **CPU}),
     "27m": Case(
         {
@@ -80,6 +95,7 @@ CASES = {
     ),
     "stanza": Case({"model": "stanza", "batch_size": 4, **GPU}),
     "stanza, fp8": Case({"model": "stanza", "batch_size": 4, "mixed_precision": "fp8"}),
+    "enwik8": Case(recipe("enwik8") | GPU, BPETokenizer.bytes().vocab_size),
     "epic": Case(
         {"model": "epic", "num_layers": 4, "batch_size": 4, **GPU},
         note="full width, 4 of 40 layers",
@@ -151,6 +167,16 @@ class TrainStep:
     def length(self) -> int:
         """Tokens of a sequence."""
         return self.run.length
+
+    @cached_property
+    def planned_s(self) -> float | None:
+        """Seconds of a step by the plan; None on devices that plans do not know."""
+        gpu = described_gpu(jax.devices()[0].device_kind)
+        if gpu is None:
+            return None
+        mesh = self.program.mesh
+        work = workload(self.config, self.run, mesh.shape, gpu.memory_bytes)
+        return estimate_step(work, GpuTopology(gpu, 1, mesh.size)).total
 
     def batch(self, seed: int, documents: int = 1) -> dict[str, jax.Array]:
         """A batch from `make_batch`, on the device."""

@@ -1,6 +1,8 @@
-"""Our decoder as a PyTorch user would write it, and its AdamW: an independent implementation."""
+"""Our decoder as a PyTorch user would write it: an independent implementation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from consyn_jax.model_config import ModelConfig
+
+LOSS_CHUNKS = 4  # of the tokens, in `FusedLoss`
 
 
 class RMSNorm(nn.Module):
@@ -55,6 +59,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shares
     )
+
+
+class FusedLoss(torch.autograd.Function):
+    """Cross-entropy of a linear head that keeps no logits: chunks, and gradients at once.
+
+    This is what Liger's fused linear cross-entropy does; compiled, its softmax is one kernel, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        narrow, tokens = weight.to(x.dtype), x.shape[0]
+        dweight = torch.zeros_like(weight, dtype=torch.float32)
+        losses, dxs = [], []
+        for x_n, labels_n in zip(x.chunk(LOSS_CHUNKS), labels.chunk(LOSS_CHUNKS), strict=True):
+            logits = (x_n @ narrow.T).float()
+            log_z = logits.logsumexp(1, keepdim=True)
+            losses.append((log_z - logits.gather(1, labels_n[:, None])).sum())
+            hot = torch.arange(weight.shape[0], device=x.device) == labels_n[:, None]
+            dlogits = (((logits - log_z).exp() - hot.float()) / tokens).to(x.dtype)
+            dxs.append(dlogits @ narrow)
+            dweight = dweight + (dlogits.T @ x_n).float()
+        ctx.save_for_backward(torch.cat(dxs), dweight)
+        return torch.stack(losses).sum() / tokens
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dweight = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), dweight * dloss, None
 
 
 class Block(nn.Module):
@@ -107,15 +139,48 @@ class Decoder(nn.Module):
             self.register_buffer("cos", angles.cos()[:, None], persistent=False)
             self.register_buffer("sin", angles.sin()[:, None], persistent=False)
 
-    def forward(self, ids: Tensor, labels: Tensor, mask: Mask = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, labels: Tensor, mask: Mask = None, fused_loss: bool = False
+    ) -> Tensor:
         x = self.embedding(ids)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream is narrow, too
             x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin, mask)
-        logits = self.head(self.norm(x))
+        x = self.norm(x)
+        if fused_loss:
+            return FusedLoss.apply(x.flatten(0, 1), self.head.weight, labels.flatten())
+        logits = self.head(x)
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    @property
+    def matrices(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+        """The matrices inside the blocks, and the lengths of their parts."""
+        found: list[tuple[nn.Parameter, tuple[int, ...]]] = []
+        for block in self.blocks:
+            keys, ffn = block.kv_heads * block.head_dim, block.down.in_features
+            found += [
+                (block.qkv.weight, (block.heads * block.head_dim, keys, keys)),
+                (block.o.weight, (block.o.out_features,)),
+                (block.gate_up.weight, (ffn, ffn)),
+                (block.down.weight, (block.down.out_features,)),
+            ]
+        return found
+
+    def to_fp8(self) -> Decoder:
+        """Compute the matmuls of the blocks in 8 bits, by torchao.
+
+        Raises:
+            ModuleNotFoundError: torchao is not installed.
+        """
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig(emulate=self.head.weight.device.type == "cpu")
+        convert_to_float8_training(
+            self, config=config, module_filter_fn=lambda _, name: name.startswith("blocks.")
+        )
+        return self
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -141,15 +206,3 @@ class Decoder(nn.Module):
             put(block.gate_up.weight, f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
             put(block.down.weight, f"{layer}.mlp.down_proj")
         assert not left, f"no place for {sorted(left)}"
-
-
-def adamw(
-    model: nn.Module, beta1: float, beta2: float, eps: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """Fused AdamW that decays matrices only; the rate is set at each step."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, fused=True)

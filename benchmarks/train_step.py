@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from programs import CASES, TrainStep
 
 from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.distributed.hardware import bf16_peak
+from consyn_jax.model import embedding
 from consyn_jax.model.arithmetic import train_flops_per_token
 from consyn_jax.model.attention import causal_attention
 from consyn_jax.model.block_matmuls import swiglu
@@ -250,6 +252,8 @@ def _row(
         "with documents ms": 1e3 * masked_s,
         "of the matmul rate": flops_per_s / rate,
         "matmul TFLOP/s": rate / 1e12,
+        "planned ms": None if step.planned_s is None else 1e3 * step.planned_s,
+        "plan is off by": None if step.planned_s is None else step.planned_s / step_s - 1,
         "MFU causal": None if peak is None else flops_per_s / peak,
         "MFU full": None if peak is None else flops_per_s / peak * full / causal,
         **shares,
@@ -333,27 +337,47 @@ def measure(
 
 def fp8(rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
     """Stanza's step in fp8 and in bfloat16, taking turns."""
-    return _in_turns({"bf16": "stanza", "fp8": "stanza, fp8"}, rounds, tiny)
+    return _in_turns(_steps({"bf16": "stanza", "fp8": "stanza, fp8"}, tiny), rounds, tiny)
 
 
 def logits(rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
     """Verse's step with logits in bfloat16 and in float32, taking turns."""
     names = {"float32 logits": "verse", "bf16 logits": "verse, bf16 logits"}
-    return _in_turns(names, rounds, tiny)
+    return _in_turns(_steps(names, tiny), rounds, tiny)
 
 
-def _in_turns(names: dict[str, str], rounds: int, tiny: bool) -> dict[str, Any]:
-    """Two steps by their labels, the wider type first."""
+def exact_sums(rounds: int = 5, tiny: bool = False) -> dict[str, Any]:
+    """Verse's step with the embedding's gradient summed in a fixed order, and by atomics."""
+    steps = _steps({"exact": "verse"}, tiny)
+    with mock.patch.object(embedding, "sum_rows_in_order", wraps=embedding.scatter_rows) as summed:
+        steps |= _steps({"by atomics": "verse"}, tiny)
+    assert summed.called
+    found = _in_turns(steps, rounds, tiny)
+    return {
+        "rows": [
+            row | {"exactness costs": row["by atomics is faster by"] - 1}
+            for row in found.pop("rows")
+        ],
+        **found,
+    }
+
+
+def _steps(names: dict[str, str], tiny: bool) -> dict[str, TrainStep]:
+    """The train steps of some cases, by a label of each."""
     cases = {label: CASES["tiny" if tiny else name] for label, name in names.items()}
-    steps = {label: TrainStep(case.flags, case.vocab_size) for label, case in cases.items()}
+    return {label: TrainStep(case.flags, case.vocab_size) for label, case in cases.items()}
+
+
+def _in_turns(steps: dict[str, TrainStep], rounds: int, tiny: bool) -> dict[str, Any]:
+    """Two steps by their labels, of which the second should be the faster one."""
     calls = {label: partial(step, step.batch(0)) for label, step in steps.items()}
     seconds = seconds_of(calls, rounds, 0.01 if tiny else 1.0)
     ms = {f"{label} ms": 1e3 * statistics.median(turns) for label, turns in seconds.items()}
-    (wider, narrower), model = names, "tiny" if tiny else next(iter(names.values()))
-    turns = zip(seconds[wider], seconds[narrower], strict=True)
-    ratio = statistics.median(wide / narrow for wide, narrow in turns)
+    slower, faster = steps
+    turns = zip(seconds[slower], seconds[faster], strict=True)
+    ratio = statistics.median(slow / fast for slow, fast in turns)
     return {
-        "rows": [{"model": model, **ms, f"{narrower} is faster by": ratio}],
+        "rows": [{"model": steps[slower].run.model.model, **ms, f"{faster} is faster by": ratio}],
         "ms": {label: spread(1e3 * s for s in turns) for label, turns in seconds.items()},
     }
 

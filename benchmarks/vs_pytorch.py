@@ -1,22 +1,31 @@
 """How fast is our train step compared with plain PyTorch's?
 
-Model, weights, batches, precision and schedule are the same, and blocks of steps take turns. Ours
-is the step of `consyn-train`. PyTorch's is written as its users would: SDPA, fused projections,
-autocast, clipping, fused AdamW, eager and with `torch.compile`. With several documents a row,
-compiled PyTorch runs FlexAttention, with a mask that is made for each batch, and eager PyTorch SDPA
-with a whole mask. Each framework has a process of its own, which waits while the other is timed. First their losses over some steps, from the same
-weights on the same batches, must agree. Under other load torch's threads lose whole time slices
-spinning for each other; OMP_WAIT_POLICY=passive avoids that and is set here unless it is given.
-"processor ms" is the processor time of a step, which other load hardly changes.
+Model, weights, batches, precision, optimizer and schedule are the same, and blocks of steps take
+turns. Ours is the step of `consyn-train`. PyTorch's is written as its users would: SDPA, fused
+projections, autocast, clipping, fused AdamW, eager and with `torch.compile`; for a model that we
+train with Muon, a Muon whose matrices of one shape are one batch. Harder ones are a fused loss that
+keeps no logits, as Liger's kernels have it, `max-autotune`, and fp8 by torchao. With several
+documents a row, compiled PyTorch runs FlexAttention, with a mask that is made for each batch, and
+eager PyTorch SDPA with a whole mask. "best of torch" is the fastest of them, the one to beat.
+
+Each framework has a process of its own, which waits while the other is timed. First their losses
+over some steps, from the same weights on the same batches, must agree. A contestant that fails, or
+whose losses differ, leaves the race and is named; the others go on. Under other load torch's
+threads lose whole time slices spinning for each other; OMP_WAIT_POLICY=passive avoids that and is
+set here unless it is given. "processor ms" is the processor time of a step, which other load hardly
+changes.
 
     # CPU, float32, 2 threads
     python benchmarks/vs_pytorch.py --models haiku 27m --out benchmarks/results/NAME.json
-    # quick, eager only
-    python benchmarks/vs_pytorch.py --models haiku --rounds 5 --no_compile
+    # quick
+    python benchmarks/vs_pytorch.py --models haiku --rounds 5 --against eager
     # one GPU, bfloat16
-    python benchmarks/vs_pytorch.py --models verse stanza
-    # rows of eight documents, and the slower search for kernels of torch.compile
-    python benchmarks/vs_pytorch.py --models verse --documents 8 --max_autotune
+    python benchmarks/vs_pytorch.py --models verse stanza --against compiled fused_loss
+    # rows of eight documents; the slower search for kernels; Muon; 8 bits
+    python benchmarks/vs_pytorch.py --models verse --documents 8 --against compiled fused_loss
+    python benchmarks/vs_pytorch.py --models verse --against max_autotune
+    python benchmarks/vs_pytorch.py --models enwik8 --against compiled
+    python benchmarks/vs_pytorch.py --models "stanza, fp8" --against compiled fp8
 """
 
 from __future__ import annotations
@@ -28,21 +37,21 @@ import resource
 import statistics
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import alternate, facts, parser, spread, table, write
+from torch_step import BATCHES, COMPILED, EAGER, THREADS, WAYS, Torch
 
-THREADS, LOSS_STEPS, BATCHES, BLOCK_S = 2, 8, 4, 2.0
-OURS, EAGER, COMPILED = "consyn_jax", "torch eager", "torch.compile"
-AUTOTUNED = "torch.compile, max-autotune"
+LOSS_STEPS = 8
+BLOCK_S = {"cpu": 2.0, "cuda": 1.0}  # of the slowest contestant
+OURS, BEST, NO_TIME = "consyn_jax", "best of torch", "no time was left"
 # Relative, over the first steps: rounding differs, and accumulates from step to step.
-LOSS_TOLERANCE = {"no": 1e-3, "bf16": 1e-2}
-
-
-# -------------------------------------------------------------------------------------- contestants
+LOSS_TOLERANCE = {"no": 1e-3, "bf16": 1e-2, "fp8": 2e-2}
+WARM_UP_SHARE = 0.6  # of a budget, after which no other contestant begins
 
 
 class Ours:
@@ -69,7 +78,8 @@ class Ours:
         step = self.train_step = TrainStep(flags, vocab_size, export)
         optimizer, shape = step.run.optimizer, (1, step.run.budget.batch_size, step.length)
         self.batches = [step.batch(seed, documents) for seed in range(BATCHES)]
-        names = ("beta1", "beta2", "eps", "weight_decay", "max_grad_norm")
+        names = ("optimizer", "beta1", "beta2", "eps", "weight_decay", "momentum_decay")
+        names += ("max_grad_norm",)
         self.facts = {
             "config": step.config,
             "parameters": step.program.layout.num_parameters,
@@ -93,78 +103,6 @@ class Ours:
         float(metrics[-1]["loss"])
 
 
-class Torch:
-    """The same step in PyTorch, eager and compiled, which share weights and optimizer.
-
-    Args:
-        given: `Ours.facts`.
-        compiled: the contestants beside the eager one.
-    """
-
-    def __init__(self, given: dict[str, Any], exported: Path, compiled: Sequence[str]) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        import torch
-        from safetensors.torch import load_file
-        from torch_model import Decoder, adamw, document_blocks, document_mask
-
-        self.torch, self.given, self.adamw = torch, given, adamw
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device == "cpu":
-            torch.set_num_threads(THREADS)
-        torch.set_float32_matmul_precision("highest" if given["precision"] == "no" else "high")
-        weights: dict[str, Any] = {}
-        for file in sorted(exported.glob("*.safetensors")):
-            weights |= load_file(file)
-        self.model = Decoder(given["config"], self.device)
-        self.weights, self.options = weights, given["optimizer"]
-        self.models = {EAGER: self.model}
-        modes = {COMPILED: "default", AUTOTUNED: "max-autotune"}
-        for name in compiled:
-            self.models[name] = torch.compile(self.model, mode=modes[name])
-        self.masks = {name: torch.compile(document_blocks) for name in compiled}
-        self.masks[EAGER] = document_mask
-        names = ("input_ids", "labels", "segment_ids")
-        self.batches = [
-            tuple(torch.from_numpy(batch[name][0]).long().to(self.device) for name in names)
-            for batch in given["batches"]
-        ]
-        self.facts: dict[str, Any] = {}
-
-    def reset(self) -> None:
-        """Return to the initial weights, without moments."""
-        self.model.load(self.weights)
-        names = ("beta1", "beta2", "eps", "weight_decay")
-        self.optimizer = self.adamw(self.model, *(self.options[name] for name in names))
-        self.step_number = 0
-
-    def step(self, name: str) -> Any:
-        """Take a step and return its loss without waiting for it."""
-        torch, number = self.torch, self.step_number
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.given["rates"][min(number, len(self.given["rates"]) - 1)]
-        ids, labels, documents = self.batches[number % BATCHES]
-        mask = self.masks[name](documents) if self.given["documents"] > 1 else None
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.given["precision"] == "bf16"):
-            loss = self.models[name](ids, labels, mask)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options["max_grad_norm"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step_number += 1
-        return loss.detach()
-
-    def losses(self, name: str, steps: int) -> list[float]:
-        """The losses of the first steps from the initial weights."""
-        self.reset()
-        return [self.step(name).item() for _ in range(steps)]
-
-    def turn(self, name: str, steps: int) -> None:
-        """Steps, to the end of the last."""
-        for _ in range(steps - 1):
-            self.step(name)
-        self.step(name).item()
-
-
 # ------------------------------------------------------------------------------------------ workers
 
 
@@ -180,14 +118,19 @@ class Worker:
         self.facts, self.record = self._answer()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the contestant."""
-        self.pipe.send((method, arguments))
-        return self._answer()
+        """Call a method of the contestant.
 
-    def _answer(self) -> Any:
+        Raises:
+            RuntimeError: it failed, or its process has ended.
+        """
+        return self._answer((method, arguments))
+
+    def _answer(self, question: Any = None) -> Any:
         try:
+            if question is not None:
+                self.pipe.send(question)
             answer = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             raise RuntimeError(f"The process ended with {self.process.exitcode}.") from None
         if "failed" in answer:
@@ -201,19 +144,30 @@ class Worker:
 
 
 def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        contestant = make(*arguments)
-        pipe.send({"found": (contestant.facts, facts())})
-        while True:
-            try:
-                method, given = pipe.recv()
-            except EOFError:
+    """Answer until the pipe is closed; any error is reported to the other process."""
+    contestant: Any = None
+
+    def answer(question: Any) -> Any:
+        nonlocal contestant
+        if contestant is None:
+            contestant = make(*arguments)
+            return contestant.facts, facts()
+        before, (method, given) = _cpu_seconds(), question
+        found = getattr(contestant, method)(*given)
+        return found if found is not None else _cpu_seconds() - before
+
+    question = None
+    while True:
+        try:
+            pipe.send({"found": answer(question)})
+        except Exception:  # noqa: BLE001
+            pipe.send({"failed": traceback.format_exc()})
+            if contestant is None:
                 return
-            before = _cpu_seconds()
-            found = getattr(contestant, method)(*given)
-            pipe.send({"found": found if found is not None else _cpu_seconds() - before})
-    except Exception:  # noqa: BLE001 -- any error is reported to the other process
-        pipe.send({"failed": traceback.format_exc()})
+        try:
+            question = pipe.recv()
+        except EOFError:
+            return
 
 
 def _cpu_seconds() -> float:
@@ -227,30 +181,34 @@ def _cpu_seconds() -> float:
 def race(
     name: str,
     rounds: int,
-    compiled: Sequence[str] = (COMPILED,),
+    against: Sequence[str],
     batch_size: int | None = None,
     documents: int = 1,
+    budget_s: float = math.inf,
 ) -> dict[str, Any]:
     """Compare the losses of one model, then time blocks of steps in turn."""
     from programs import CASES
 
     case, given = CASES[name], {} if batch_size is None else {"batch_size": batch_size}
+    ends = time.monotonic() + budget_s
     with tempfile.TemporaryDirectory() as directory:
         flags = case.flags | given
         ours = Worker(Ours, flags, case.vocab_size, Path(directory), documents)
-        torch = Worker(Torch, ours.facts, Path(directory), compiled)
-    workers = {OURS: ours} | dict.fromkeys((EAGER, *compiled), torch)
+        torch = Worker(Torch, ours.facts, Path(directory))
+    workers = {OURS: ours} | dict.fromkeys(against, torch)
     precision, shape = ours.facts["precision"], ours.facts["batches"][0]["labels"].shape
     try:
-        losses, apart = compare_losses(workers, LOSS_TOLERANCE[precision])
-        steps, seconds, cpu = timed(workers, rounds)
+        until = ends - (1 - WARM_UP_SHARE) * budget_s if budget_s < math.inf else ends
+        losses, absent = compare_losses(workers, LOSS_TOLERANCE[precision], until)
+        present = {who: workers[who] for who in losses}
+        steps, seconds, cpu = timed(present, rounds, BLOCK_S[torch.facts["device"]], ends)
     finally:
         ours.close()
         torch.close()
-    step_ms = {who: [1e3 * s / steps for s in seconds[who]] for who in workers}
-    cpu_ms = {who: [1e3 * s / steps for s in cpu[who][-rounds:]] for who in workers}
-    print(f"{name}: losses differ by {max(apart.values()):.1e} over {LOSS_STEPS} steps", flush=True)
-    rows = [_row(name, who, step_ms, cpu_ms[who], math.prod(shape)) for who in workers]
+    step_ms = {who: [1e3 * s / steps for s in turns] for who, turns in seconds.items()}
+    cpu_ms = {who: [1e3 * s / steps for s in cpu[who][-len(step_ms[OURS]) :]] for who in present}
+    rows = [_row(name, who, step_ms, cpu_ms[who], math.prod(shape)) for who in present]
+    rows = [*rows, *_best(rows), *(_absent(name, who, note) for who, note in absent.items())]
     print(table(rows), flush=True)
     return {
         "parameters": ours.facts["parameters"],
@@ -260,7 +218,7 @@ def race(
         "steps_a_block": steps,
         "note": case.note,
         "losses": losses,
-        "losses_apart": apart,
+        "losses_apart": {who: apart(losses[who], losses[OURS]) for who in losses},
         "step_ms": step_ms,
         "processes": {"consyn_jax": ours.record, "torch": torch.record},
         "rows": rows,
@@ -268,24 +226,51 @@ def race(
 
 
 def compare_losses(
-    workers: dict[str, Worker], tolerance: float
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """The losses of the first steps, and their largest relative distance to ours."""
-    losses = {who: worker.ask("losses", who, LOSS_STEPS) for who, worker in workers.items()}
-    apart = {
-        who: max(abs(a / b - 1) for a, b in zip(losses[OURS], theirs, strict=True))
-        for who, theirs in losses.items()
-        if who != OURS
-    }
-    assert max(apart.values()) < tolerance, f"losses differ: {losses}"
+    workers: dict[str, Worker], tolerance: float, until: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The losses of the first steps of who can race, and the reason why others cannot.
+
+    Args:
+        until: time of `time.monotonic`, after which only the first of torch begins.
+    """
+    losses = {OURS: workers[OURS].ask("losses", OURS, LOSS_STEPS)}
     assert all(math.isfinite(loss) for loss in losses[OURS])
-    return losses, apart
+    absent: dict[str, str] = {}
+    for who, worker in workers.items():
+        if who == OURS:
+            continue
+        if len(losses) > 1 and time.monotonic() > until:
+            absent[who] = NO_TIME
+            continue
+        began = time.monotonic()
+        try:
+            found = worker.ask("losses", who, LOSS_STEPS)
+        except RuntimeError as error:
+            print(error, file=sys.stderr, flush=True)
+            absent[who] = str(error).strip().splitlines()[-1][:200]
+            continue
+        distance = apart(found, losses[OURS])
+        print(f"{who}: {distance:.1e} apart, {time.monotonic() - began:.0f} s", flush=True)
+        if distance < tolerance:
+            losses[who] = found
+        else:
+            absent[who] = f"its losses are {distance:.1e} apart from ours"
+    return losses, absent
+
+
+def apart(losses: list[float], ours: list[float]) -> float:
+    """The largest relative distance of losses; infinite if one is not finite."""
+    distances = [abs(a / b - 1) for a, b in zip(losses, ours, strict=True)]
+    return max(distances) if all(map(math.isfinite, distances)) else math.inf
 
 
 def timed(
-    workers: dict[str, Worker], rounds: int
+    workers: dict[str, Worker], rounds: int, block_s: float, ends: float
 ) -> tuple[int, dict[str, list[float]], dict[str, list[float]]]:
-    """Steps of a block, and seconds of each block on the wall and of the processor."""
+    """Steps of a block, and seconds of each block on the wall and of the processor.
+
+    There are fewer rounds where more would not end before `ends`.
+    """
     cpu: dict[str, list[float]] = {who: [] for who in workers}
 
     def turns(steps: int) -> dict[str, Callable[[], None]]:
@@ -294,9 +279,10 @@ def timed(
             for who in workers
         }
 
-    first = alternate(turns(2), rounds=1, warm_up=0)
-    steps = max(1, min(200, round(BLOCK_S / (max(first.values())[0] / 2))))
-    return steps, alternate(turns(steps), rounds), cpu
+    first = [seconds for (seconds,) in alternate(turns(2), rounds=1, warm_up=0).values()]
+    steps = max(1, min(200, round(block_s / (max(first) / 2))))
+    fit = (ends - time.monotonic()) / (sum(first) / 2 * steps) - 1  # one round warms up
+    return steps, alternate(turns(steps), max(1, int(min(rounds, fit)))), cpu
 
 
 def _row(
@@ -307,7 +293,7 @@ def _row(
     ratios = [theirs / ours for theirs, ours in zip(step_ms[who], step_ms[OURS], strict=True)]
     return {
         "model": model,
-        "who": who,
+        "who": who if who == OURS else WAYS[who].who,
         "step ms": time_ms["median"],
         "least": time_ms["min"],
         "most": time_ms["max"],
@@ -317,41 +303,60 @@ def _row(
     }
 
 
+def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of the fastest of torch, again, under the name that goals look for."""
+    fastest = min(rows[1:], key=lambda row: row["ours is faster by"], default=None)
+    return [] if fastest is None else [{**fastest, "who": BEST, "note": fastest["who"]}]
+
+
+def _absent(model: str, who: str, note: str) -> dict[str, Any]:
+    """The row of one that did not race; it is wrong unless it is only not possible here."""
+    row = {"model": model, "who": WAYS[who].who, "note": note}
+    excused = note == NO_TIME or note.startswith("ModuleNotFoundError")
+    return row if excused else {**row, "ok": False}
+
+
 def measure(
     models: Iterable[str] = ("haiku", "27m"),
     rounds: int = 7,
-    compiled: Sequence[str] = (COMPILED,),
+    against: Sequence[str] = (EAGER, COMPILED),
     batch_size: int | None = None,
     documents: int = 1,
+    budget_s: float = math.inf,
     tiny: bool = False,
 ) -> dict[str, Any]:
-    """Race each model."""
+    """Race each model; each has the same share of the budget."""
+    models = list(models)
     if tiny:
-        models, rounds = ("tiny",), 2
-    found = {name: race(name, rounds, compiled, batch_size, documents) for name in models}
+        models, rounds = [name for name in models if name.startswith("tiny")] or ["tiny"], 2
+    share_s = budget_s / len(models)
+    found = {name: race(name, rounds, against, batch_size, documents, share_s) for name in models}
     return {"rows": [row for one in found.values() for row in one.pop("rows")], "models": found}
 
 
-def main() -> None:
-    """Run, print a table per model, write JSON."""
+def main() -> int:
+    """Run, print a table per model, write JSON; 1 if a contestant failed."""
     arguments = parser(__doc__)
     arguments.add_argument(
-        "--models", nargs="+", default=["haiku", "27m"], help="haiku, 27m; on a GPU verse, stanza"
+        "--models",
+        nargs="+",
+        default=["haiku", "27m"],
+        help="haiku, 27m; on a GPU verse, stanza, enwik8",
     )
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--batch_size", type=int, help="in place of the model's own")
-    arguments.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
     arguments.add_argument(
-        "--max_autotune", action="store_true", help="also torch.compile(mode='max-autotune')"
+        "--against", nargs="+", choices=WAYS, default=[EAGER, COMPILED], help="%(choices)s"
     )
     arguments.add_argument("--documents", type=int, default=1, help="documents in each row")
     given = arguments.parse_args()
-    compiled = () if given.no_compile else (COMPILED, AUTOTUNED)[: 1 + given.max_autotune]
     result = measure(
-        given.models, given.rounds, compiled, given.batch_size, given.documents, given.tiny
+        *(given.models, given.rounds, given.against, given.batch_size, given.documents),
+        tiny=given.tiny,
     )
     if given.out is not None:
         write(given.out, {**facts(), **result})
+    return int(any(row.get("ok") is False for row in result["rows"]))
 
 
 if __name__ == "__main__":

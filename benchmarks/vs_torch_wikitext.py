@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 from harness import facts, write
-from torch_model import adamw
+from torch_optimizers import adamw
 
 from consyn_jax.config import architecture
 from consyn_jax.config_file import read_config_file
@@ -135,7 +135,9 @@ def train_theirs(
     options, batch_size = trainer.run.optimizer, trainer.run.budget.batch_size
     assert options.beta2 is not None
     assert options.weight_decay is not None
-    optimizer = adamw(model, options.beta1, options.beta2, options.eps, options.weight_decay)
+    optimizer = adamw(
+        list(model.parameters()), options.beta1, options.beta2, options.eps, options.weight_decay
+    )
     rates = np.asarray(trainer.schedule(np.arange(trainer.total_steps)))
     found: dict[str, dict[int, float]] = {"loss": {}, "valid": {}}
     clock, tokens = Clock(), 0
