@@ -105,9 +105,9 @@ def add_bias(y: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, 
 
 
 def heads_of(
-    y: Float[Array, "B T F"], w: Float[Array, "D N H"], bias: Float[Array, "N H"] | None
+    y: Float[Array, "B T F"], w: Any, bias: Float[Array, "N H"] | None
 ) -> Float[Array, "B T N H"]:
-    """Split the product with `w` into heads, and add the bias if there is one."""
+    """Split the product with `w` [D, N, H] into heads, and add the bias if there is one."""
     y = y.reshape(*y.shape[:-1], *w.shape[1:])
     return y if bias is None else add_bias(y, bias)
 

@@ -23,7 +23,7 @@ def require(compiler: str) -> None:
         pytest.skip(str(missing))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cuda_packages() -> None:
     """Require the compiler for NVIDIA GPUs."""
     require("cuda")

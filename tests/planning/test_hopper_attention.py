@@ -11,8 +11,6 @@ import pytest
 from analyses import RESOURCES
 from recipes import ONE_LAYER, STANZA, VERSE, dumped, run_apart
 
-pytestmark = pytest.mark.usefixtures("cuda_packages")
-
 KERNELS = ("forward", "queries", "keys")
 COMPILE = """
 import json, sys
@@ -44,7 +42,9 @@ class Step(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=[VERSE, STANZA])
-def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
+def step(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cuda_packages: None
+) -> Step:
     """One layer of a recipe's step; heads of 64 and 128."""
     place = tmp_path_factory.mktemp("step")
     request_dumps = {"MOSAIC_GPU_DUMP_TO": str(place)} | dict.fromkeys(
