@@ -279,7 +279,7 @@ class Backend:
     capability: str = ""
 
     def described(self, compute_capability: str) -> str:
-        """Return the description for the header, with what it means for this GPU."""
+        """Return the description for the header, which says if tiles were chosen on other GPUs."""
         if self.tuned_on is None or not compute_capability:
             return self.description
         if compute_capability.startswith(self.tuned_on[1]):

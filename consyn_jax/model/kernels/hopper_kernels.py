@@ -123,6 +123,11 @@ def _place(blocks_ref: Any, own: int) -> Place:
     return Place(head, row, group, tile * own + group * ROWS, blocks)
 
 
+def _keys_of(at: Place, given: Operands, first_key: Any) -> Callable[[], Any]:
+    """Return the `limits` of `Place.masked` for queries: the first and the last key of each."""
+    return lambda: (first_key, given.offset[0] + at.positions())
+
+
 def _along(x: Any, shape: tuple[int, ...], axis: int) -> Any:
     return jax.lax.broadcast_in_dim(x, shape, [axis])
 
@@ -229,12 +234,9 @@ def forward(given, out_ref, log_sum_ref, q_smems, sum_smems, arrived, turn, *, s
             take_turn()
             return accumulator[...]
 
-        def limits():
-            return first_key, given.offset[0] + at.positions()
-
         scores = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
         plgpu.barrier_arrive(k_is_free)
-        scores = at.masked(scores, j, j * reading.step, limits)
+        scores = at.masked(scores, j, j * reading.step, _keys_of(at, given, first_key))
         new_top = jnp.maximum(top, scores.max(axis=1))
         shrunk = jnp.exp2((top - new_top) * scale)
         weights = jnp.exp2(scores * scale - _along(new_top * scale, shape, 0))
@@ -271,11 +273,8 @@ def queries(given, dq_ref, q_smems, dout_smems, arrived, *, scale, outer_scale, 
     def block(index, k_smem, v_smem, k_is_free, v_is_free, carry):
         (dq, log_sum, correction, first_key), j = carry, at.blocks.start + index[0]
 
-        def limits():
-            return first_key, given.offset[0] + at.positions()
-
         def weights_of(scores):
-            scores = at.masked(scores, j, j * reading.step, limits)
+            scores = at.masked(scores, j, j * reading.step, _keys_of(at, given, first_key))
             return jnp.exp2(scores * scale - _along(log_sum, shape, 0))
 
         pairs = (q_smem, k_smem), (dout_smem, v_smem)
