@@ -85,10 +85,10 @@ def masked_cudnn(q: Any, k: Any, v: Any, inside: Documents) -> jax.Array:
 
 def with_tiles() -> Iterator[tuple[str, Attention]]:
     """The kernel with other tiles for one of its three kernels, and a name for each."""
-    from consyn_jax.model.kernels.document_attention import TILES, Tile, document_attention
+    from consyn_jax.model.kernels.document_attention import Tile, document_attention, tiles_for
 
     def attention(q: Any, k: Any, v: Any, inside: Documents, which: str, tile: Tile) -> jax.Array:
-        tiles = dataclasses.replace(TILES[64 if q.shape[3] <= 64 else 128], **{which: tile})
+        tiles = dataclasses.replace(tiles_for(q.shape[3]), **{which: tile})
         return document_attention(q, k, v, *inside, tiles=tiles)
 
     for which in ("forward", "queries", "keys"):

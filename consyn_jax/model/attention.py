@@ -21,6 +21,8 @@ from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.fp8.operands import REFERENCE, Writers
+from consyn_jax.model.fp8.quantisation import Quantised
+from consyn_jax.model.fp8.slots import AttentionCasts, Slot
 from consyn_jax.model.kernels.reference_attention import Documents, Drop, attend, attention_mask
 from consyn_jax.model.norms import NORMS, Norms, norm_then_rope
 from consyn_jax.model.rematerialisation import ATTENTION_OUTPUT, KERNEL_RESIDUALS
@@ -38,7 +40,8 @@ def causal_attention(
     sliding_window: int | None = None,
     has_window: Bool[Array, ""] | None = None,
     dropout: Dropout | None = None,
-) -> Float[Array, "B T N H"]:
+    casts: AttentionCasts | None = None,
+) -> Any:
     """Causal self-attention inside documents, on the current mesh if one is set.
 
     Args:
@@ -47,6 +50,12 @@ def causal_attention(
         sliding_window: Length of the window in tokens; None for no window.
         has_window: Whether this layer uses the window; None if all layers do.
         dropout: Dropout of the attention weights, for backends that support it.
+        casts: What the backend needs to write 8 bits if its `writers` say that it can; None for
+            16 bits only.
+
+    Returns:
+        The output [B, T, N, H]; with `casts`, also the same in 8 bits, [B, T, N * H], with its
+        largest magnitude.
     """
     chosen = BACKENDS[backend]
     assert dropout is None or chosen.drops_weights
@@ -61,14 +70,30 @@ def causal_attention(
     in_axes: Any = (
         *(heads, kv_heads, kv_heads),
         None if inside is None else Documents(*spans),
-        weights,
+        None if kept_BNTS is None else weights,
+        None if has_window is None else (),
+        None if casts is None else _axes_of(casts),
     )
-    arrays: Any = (q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS)
+    arrays: Any = (q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS, has_window, casts)
     run = partial(_local_attention, backend=chosen, dropout=dropout, sliding_window=sliding_window)
-    if has_window is not None:
-        arrays, in_axes = (*arrays, has_window), (*in_axes, ())
-    local = on_each_device(run, in_axes, heads)
-    return checkpoint_name(local(*arrays), ATTENTION_OUTPUT)
+    rows, columns = _both_layouts("heads")
+    written = None if casts is None else (rows, columns, ("batch", "heads"))
+    out_BTNH, written = on_each_device(run, in_axes, (heads, written))(*arrays)
+    out_BTNH = checkpoint_name(out_BTNH, ATTENTION_OUTPUT)
+    if casts is None:
+        return out_BTNH
+    values, transposed, largest = written
+    return out_BTNH, (Quantised(values, transposed, casts.out_scale), jnp.max(largest))
+
+
+def _both_layouts(heads: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Logical axes of 8-bit values [B, T, D] and of their transpose, where D has these heads."""
+    return ("batch", "sequence", heads), (heads, "batch", "sequence")
+
+
+def _axes_of(casts: AttentionCasts) -> Any:
+    slot = Slot(*_both_layouts("kv_heads"), ("batch", "kv_heads"), ())  # type: ignore[arg-type]
+    return AttentionCasts((), slot)  # type: ignore[arg-type]
 
 
 def _local_attention(
@@ -77,12 +102,13 @@ def _local_attention(
     v_BSKH: jax.Array,
     inside: Documents | None,
     kept_BNTS: jax.Array | None,
-    has_window: jax.Array | None = None,
+    has_window: jax.Array | None,
+    casts: AttentionCasts | None,
     *,
     backend: Backend,
     dropout: Dropout | None,
     sliding_window: int | None,
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     T = q_BTNH.shape[1]
     part: Any = 0
     if mesh_sizes()["context"] > 1:
@@ -92,7 +118,12 @@ def _local_attention(
         )
     drop = None if dropout is None else partial(_drop, dropout=dropout, kept_BNTS=kept_BNTS)
     visible = Visible(part, T, k_BSKH.shape[1], inside, sliding_window, has_window)
-    return backend.attend(q_BTNH, k_BSKH, v_BSKH, visible, drop)
+    if casts is None:
+        return backend.attend(q_BTNH, k_BSKH, v_BSKH, visible, drop), None
+    # Pallas takes half a second to import
+    from consyn_jax.model.kernels.eight_bit.attention import eight_bit_attention
+
+    return eight_bit_attention(q_BTNH, k_BSKH, v_BSKH, *_spans(visible, q_BTNH.shape[0]), *casts)
 
 
 def _drop(weights_BKGTS: jax.Array, dropout: Dropout, kept_BNTS: Any) -> jax.Array:
@@ -145,6 +176,18 @@ def _masked_attention(
     return attend(q_BTNH, k_BSKH, v_BSKH, mask, drop)
 
 
+def _spans(visible: Visible, B: int) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """First key that each query attends to, and last query that attends to each key."""
+    queries_T, keys_S = visible.queries_T, visible.keys_S
+    inside, window = visible.inside, visible.window
+    first_BT, last_BS = (0, keys_S.size - 1) if inside is None else inside
+    if window is not None:
+        first_BT = jnp.maximum(first_BT, queries_T - window + 1)
+        last_BS = jnp.minimum(last_BS, keys_S + window - 1)
+    first_BT = jnp.broadcast_to(first_BT, (B, queries_T.size))
+    return first_BT, jnp.broadcast_to(last_BS, (B, keys_S.size))
+
+
 def _kernel_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -153,15 +196,8 @@ def _kernel_attention(
     drop: Drop | None,
     for_hopper: bool = False,
 ) -> jax.Array:
-    queries_T, keys_S = visible.queries_T, visible.keys_S
-    inside, window = visible.inside, visible.window
-    first_BT, last_BS = (0, keys_S.size - 1) if inside is None else inside
-    if window is not None:
-        first_BT = jnp.maximum(first_BT, queries_T - window + 1)
-        last_BS = jnp.minimum(last_BS, keys_S + window - 1)
-    first_BT = jnp.broadcast_to(first_BT, (q_BTNH.shape[0], queries_T.size))
-    last_BS = jnp.broadcast_to(last_BS, (q_BTNH.shape[0], keys_S.size))
-    given = q_BTNH, k_BSKH, v_BSKH, first_BT, last_BS, queries_T[0]
+    spans = _spans(visible, q_BTNH.shape[0])
+    given = q_BTNH, k_BSKH, v_BSKH, *spans, visible.queries_T[0]
     # Pallas takes half a second to import, and only GPUs need it
     if for_hopper:
         from consyn_jax.model.kernels.hopper_attention import hopper_attention
@@ -228,10 +264,10 @@ def _kernel_norms(head_dim: int) -> Norms:
 
 def _kernel_writers(head_dim: int) -> Writers:
     """Return the kernels that write 8-bit operands; XLA rotates heads that `norm_rope` cannot."""
-    from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
-    from consyn_jax.model.kernels.eight_bit_norm_gradients import eight_bit_norm_gradients
-    from consyn_jax.model.kernels.eight_bit_norm_rope import eight_bit_rotation_gradients
-    from consyn_jax.model.kernels.eight_bit_swiglu import (
+    from consyn_jax.model.kernels.eight_bit.norm import eight_bit_norm
+    from consyn_jax.model.kernels.eight_bit.norm_gradients import eight_bit_norm_gradients
+    from consyn_jax.model.kernels.eight_bit.norm_rope import eight_bit_rotation_gradients
+    from consyn_jax.model.kernels.eight_bit.swiglu import (
         eight_bit_swiglu,
         eight_bit_swiglu_gradients,
     )
@@ -243,6 +279,7 @@ def _kernel_writers(head_dim: int) -> Writers:
         eight_bit_rotation_gradients if fits(head_dim) else REFERENCE.rotation_gradients,
         eight_bit_swiglu,
         eight_bit_swiglu_gradients,
+        in_attention=True,
     )
 
 
@@ -302,6 +339,7 @@ BACKENDS = {
     "hopper": replace(
         FUSED,
         attend=partial(_kernel_attention, for_hopper=True),
+        writers=lambda head_dim: _kernel_writers(head_dim)._replace(in_attention=False),
         description="this package's kernel for Hopper",
         tuned_on=None,
         capability="9.",

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from consyn_jax.distributed.mesh import constrain, mesh_sizes
 from consyn_jax.model.fp8.operands import REFERENCE, Writers
 from consyn_jax.model.fp8.products import How, fp8_linear, fp8_normed_mlp, fp8_normed_qkv
-from consyn_jax.model.fp8.quantisation import Scales
-from consyn_jax.model.fp8.slots import Slot
+from consyn_jax.model.fp8.quantisation import Scales, scale_in
+from consyn_jax.model.fp8.slots import AttentionCasts, Slot
 from consyn_jax.model.linear import (
     MlpWeights,
     QkvWeights,
@@ -31,6 +31,8 @@ from consyn_jax.model.rope import Rope
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Pair = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Stream = Float[Array, "B T D"]
+Heads = tuple[Any, ...]  # queries, keys, values, and in fp8 what attention needs to write 8 bits
+Attend = Callable[..., Any]
 
 
 @runtime_checkable
@@ -41,12 +43,16 @@ class Matmuls(Protocol):
     (model/fp8/slots.py). Otherwise there are no slots.
     """
 
-    def linear(self, x: jax.Array, w: Any) -> tuple[Stream, Slot | None]:
-        """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
+    def attended(self, attend: Attend, heads: Heads, w: Any) -> tuple[Stream, Slot | None]:
+        """Return the product of attention's output with `w`, the matrix of the projection o.
+
+        Args:
+            heads: Queries, keys and values from `normed_qkv`.
+        """
 
     def normed_qkv(
         self, x_BTD: Stream, slot: Slot | None, qkv: QkvWeights, rope: Rope, eps: float
-    ) -> tuple[Stream, tuple[jax.Array, ...]]:
+    ) -> tuple[Stream, Heads]:
         """Return x, and queries, keys and values of norm(x) as attention reads them.
 
         Args:
@@ -77,13 +83,13 @@ class PlainMatmuls:
     norms: Norms = NORMS
     pair: Pair | None = None
 
-    def linear(self, x: jax.Array, w: Any) -> tuple[Stream, Slot | None]:
-        """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
-        return self.product(x, w), None
+    def attended(self, attend: Attend, heads: Heads, w: Any) -> tuple[Stream, Slot | None]:
+        """Return the product of attention's output with `w`, the matrix of the projection o."""
+        return self.product(_in_rows(attend(*heads)), w), None
 
     def normed_qkv(
         self, x_BTD: Stream, slot: Slot | None, qkv: QkvWeights, rope: Rope, eps: float
-    ) -> tuple[Stream, tuple[jax.Array, ...]]:
+    ) -> tuple[Stream, Heads]:
         """Return x, and queries, keys and values of norm(x) as attention reads them."""
         x_BTD, *branches = self.norms.branch(x_BTD, qkv.norm, eps, 3)
         weights = (qkv.q, qkv.q_bias), (qkv.k, qkv.k_bias), (qkv.v, qkv.v_bias)
@@ -136,17 +142,27 @@ class EightBitMatmuls:
 
     def _how(self, eps: float = 0.0) -> How:
         writers = REFERENCE if self.scales is None else self.writers
-        return How(self.recast, eps, writers, self.rotate)
+        # Where blocks are recomputed, attention's output is kept, but not in 8 bits. Where the
+        # sequence is split, the gradient of the values is a sum over devices.
+        in_attention = writers.in_attention and self.recast and mesh_sizes()["context"] == 1
+        return How(self.recast, eps, writers._replace(in_attention=in_attention), self.rotate)
 
-    def linear(self, x: jax.Array, w: Any) -> tuple[Stream, Slot]:
-        """Return the product of attention's output `x` with `w`, the matrix of the projection o."""
-        return fp8_linear(x, w, self.scales, how=self._how())
+    def attended(self, attend: Attend, heads: Heads, w: Any) -> tuple[Stream, Slot]:
+        """Return the product of attention's output with `w`, the matrix of the projection o."""
+        *qkv, casts = heads
+        if casts is None:
+            return fp8_linear(_in_rows(attend(*qkv)), w, self.scales, how=self._how())
+        out, written = attend(*qkv, casts=casts)
+        return fp8_linear(_in_rows(out), w, self.scales, how=self._how(), written=written)
 
     def normed_qkv(
         self, x_BTD: Stream, slot: Slot | None, qkv: QkvWeights, rope: Rope, eps: float
-    ) -> tuple[Stream, tuple[jax.Array, ...]]:
+    ) -> tuple[Stream, Heads]:
         """Return x, and queries, keys and values of norm(x) as attention reads them."""
-        return fp8_normed_qkv(x_BTD, slot, qkv, rope, self.scales, self._how(eps))
+        x_BTD, heads, v_slot = fp8_normed_qkv(x_BTD, slot, qkv, rope, self.scales, self._how(eps))
+        out_scale = scale_in(self.scales, "o_input")
+        casts = None if v_slot is None or out_scale is None else AttentionCasts(out_scale, v_slot)
+        return x_BTD, (*heads, casts)
 
     def normed_mlp(
         self, x_BTD: Stream, added_BTD: Stream, slot: Slot | None, mlp: MlpWeights, eps: float
@@ -171,6 +187,10 @@ def matmuls_of(
     pair = partial(linear_pair, recast=recast) if merges else None
     plain = PlainMatmuls(over_frozen(partial(linear, recast=recast)), norms, pair)
     return lambda scales: plain
+
+
+def _in_rows(out_BTNH: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    return out_BTNH.reshape(*out_BTNH.shape[:2], -1)
 
 
 @jax.checkpoint

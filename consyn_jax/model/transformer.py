@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.mesh import constrain
 from consyn_jax.model.attention import BACKENDS, causal_attention
-from consyn_jax.model.block_matmuls import Matmuls, PlainMatmuls, matmuls_of
+from consyn_jax.model.block_matmuls import Attend, Matmuls, PlainMatmuls, matmuls_of
 from consyn_jax.model.dropout import (
     ATTENTION,
     ATTENTION_BRANCH,
@@ -38,7 +38,6 @@ from consyn_jax.model.rematerialisation import BLOCK_INPUT, rematerialise
 from consyn_jax.model.rope import Rope, rope_of, rotated_where, spans_until
 from consyn_jax.model_config import ModelConfig
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 PLAIN = PlainMatmuls()
 BLOCK_PARTS = ("attention", "MLP", "residual stream")
 
@@ -154,10 +153,9 @@ class Block(nnx.Module):
         Returns:
             The outputs, and the slot for the gradient of the block's output, in fp8.
         """
-        B, T, _ = x_BTD.shape
         with jax.named_scope("attention"):
             x_BTD, heads = matmuls.normed_qkv(x_BTD, slot, self._qkv, rope, self.eps)
-            out_BTD, slot = matmuls.linear(attend(*heads).reshape(B, T, -1), self.o[...])
+            out_BTD, slot = matmuls.attended(attend, heads, self.o[...])
             attention_BTD, slot = _branch(out_BTD, slot, self.o_bias, dropout, ATTENTION_BRANCH)
         with jax.named_scope("mlp"):
             x_BTD, out_BTD, slot = matmuls.normed_mlp(

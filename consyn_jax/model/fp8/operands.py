@@ -129,13 +129,18 @@ def swiglu_gradients_in_8_bits(
 
 
 class Writers(NamedTuple):
-    """The functions that write 8-bit operands; by default, the reference implementations."""
+    """The functions that write 8-bit operands; by default, the reference implementations.
+
+    Attributes:
+        in_attention: Whether attention writes its output and the gradient of the values in 8 bits.
+    """
 
     norm: Callable[..., tuple[jax.Array, Quantised, jax.Array]] = norm_in_8_bits
     norm_gradients: Callable[..., tuple[jax.Array, jax.Array, Slot | None]] = norm_gradients
     rotation_gradients: Callable[..., Any] = rotation_gradients_in_8_bits
     swiglu: Callable[..., tuple[Quantised, jax.Array]] = swiglu_in_8_bits
     swiglu_gradients: Callable[..., Any] = swiglu_gradients_in_8_bits
+    in_attention: bool = False
 
 
 REFERENCE = Writers()

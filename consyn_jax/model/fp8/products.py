@@ -4,7 +4,7 @@ A matmul is differentiated together with the function that writes its operands, 
 array cannot carry a gradient of another dtype. Every function takes the scales of the block. Its
 backward pass returns the largest magnitudes of all quantised arrays as the "gradient" of the
 scales. The forward pass cannot return them, because some of the arrays are gradients. The gradients
-of the outputs of o and down come in slots (`slots.py`).
+of the outputs of o and down come in slots (`slots.py`), and that of v where attention writes it.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class How(NamedTuple):
 
 PLAIN_CASTS = How()
 # --------------------------------------------------------------------------------------- one matmul
+
+
+Written = tuple[Quantised, Float[Array, ""]]  # an array in 8 bits, and its largest magnitude
 
 
 class _Weight(NamedTuple):
@@ -117,6 +120,7 @@ def fp8_linear(
     x_name: str = "o_input",
     y_name: str = "o",
     how: How = PLAIN_CASTS,
+    written: Written | None = None,
 ) -> tuple[Float[Array, "*B F"], Slot]:
     """`linear` in 8-bit floats: `x` and `w` in e4m3, the gradient of the output in e5m2.
 
@@ -127,28 +131,33 @@ def fp8_linear(
         scales: Scales of the block; None for scales computed from the arrays themselves.
         x_name: The name of `x` in `ARRAYS`.
         y_name: The name of the output, whose gradient is quantised.
+        written: `x` in 8 bits if a kernel has written it; None to cast it here.
 
     Returns:
         The output, and the slot for its gradient: the backward pass reads only that.
     """
-    return _linear_forward(x, w, scales, x_name, y_name, how)[0]
+    return _linear_forward(x, w, scales, x_name, y_name, how, written)[0]
 
 
-def _linear_forward(x: Any, w: Any, scales: Any, x_name: str, y_name: str, how: How) -> Any:
-    x8, largest = quantise(x, FORWARD, scale_in(scales, x_name))
+def _linear_forward(
+    x: Any, w: Any, scales: Any, x_name: str, y_name: str, how: How, written: Any
+) -> Any:
+    x8, largest = written or quantise(x, FORWARD, scale_in(scales, x_name))
     y, kept = _times(x8, w, x.dtype, how.recast)
     like = jax.ShapeDtypeStruct(w.shape, w.dtype)
     slot = slot_for(y, scale_in(scales, y_name))
-    return (y, slot), (x8.transposed, x8.scale, largest, kept, like, scales)
+    likes = like, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), written)
+    return (y, slot), (x8.transposed, x8.scale, largest, kept, likes, scales)
 
 
 def _linear_backward(x_name: str, y_name: str, how: How, saved: Any, gradients: Any) -> Any:
-    x8T, x_scale, largest, kept, like, scales = saved
+    x8T, x_scale, largest, kept, (like, written), scales = saved
     dy, slot = gradients
     dy8, dy_largest = content(slot, scale_in(scales, y_name))
     dx = _input_gradient(dy8, kept, dy.dtype)
     dw = _weight_gradient(x8T, x_scale, dy8, like.shape)
-    return dx, dw, in_order(scales, {x_name: largest, y_name: dy_largest})
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), written)
+    return dx, dw, in_order(scales, {x_name: largest, y_name: dy_largest}), nothing
 
 
 fp8_linear.defvjp(_linear_forward, _linear_backward)
@@ -165,8 +174,11 @@ def fp8_normed_qkv(
     rope: Rope,
     scales: Scales | None,
     how: How,
-) -> tuple[Float[Array, "B T D"], tuple[Array, Array, Array]]:
-    """Return x and the heads that attention reads: queries and keys after rotation, and values.
+) -> tuple[Float[Array, "B T D"], tuple[Array, Array, Array], Slot | None]:
+    """Return x, the heads that attention reads, and the slot for the gradient of the values.
+
+    The heads are queries and keys after rotation, and values. There is a slot if attention writes 8
+    bits.
 
     Args:
         slot: Slot of the matmul whose output was added to `x` last; None for none.
@@ -184,20 +196,28 @@ def _qkv_forward(x: Any, slot: Any, qkv: QkvWeights, rope: Any, scales: Any, how
     likes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), qkv)
     small = qkv.norm, qkv.q_norm, qkv.k_norm
     saved = (x, slot, small, q, k, rope, x8.transposed, x8.scale, largest, kept, likes, scales)
+    v_slot = None
+    if how.writers.in_attention:
+        v_slot = slot_for(made[2][0], scale_in(scales, "v"))
+        v_slot = v_slot._replace(largest=jnp.zeros((v.shape[0], v.shape[2]), jnp.float32))
     q = rotated(q, qkv.q_norm, rope, how.eps, "heads", how.rotate)
     k = rotated(k, qkv.k_norm, rope, how.eps, "kv_heads", how.rotate)
-    return (x, (q, k, v)), saved
+    return (x, (q, k, v), v_slot), saved
 
 
 def _qkv_backward(how: How, saved: Any, gradients: Any) -> Any:
     x, slot, (norm, q_norm, k_norm), q, k, rope, x8T, x_scale, largest, kept, likes, scales = saved
-    dx, (dq, dk, dv) = gradients
+    dx, (dq, dk, dv), v_slot = gradients
     # Without a norm, one pass of XLA rotates and casts.
     turn = (REFERENCE if q_norm is None else how.writers).rotation_gradients
     given = (q, q_norm, rope, how.eps), (k, k_norm, rope, how.eps)
     dq8, dq_norm = turn(*given[0], "heads", dq, scale_in(scales, "q"))
     dk8, dk_norm = turn(*given[1], "kv_heads", dk, scale_in(scales, "k"))
-    dv8 = quantise(dv.reshape(*dv.shape[:2], -1), GRADIENT, scale_in(scales, "v"))
+    v_scale = scale_in(scales, "v")
+    if v_slot is not None:
+        dv8 = content(v_slot, v_scale)
+    else:
+        dv8 = quantise(dv.reshape(*dv.shape[:2], -1), GRADIENT, v_scale)
     biases: tuple[Any, ...] = (None, None, None)
     if likes.q_bias is not None:
         # The kernel writes only gradients that are rounded to 8 bits; biases get exact ones.

@@ -25,14 +25,26 @@ class Slot(NamedTuple):
     Attributes:
         values: Zeros in e5m2, in the shape of the array, [*rows, D].
         transposed: Zeros, [D, *rows].
-        largest: A zero, for the largest magnitude in the gradient.
+        largest: A zero, for the largest magnitude in the gradient; several for that in its parts.
         scale: Scale of the gradient; None to compute it from the largest magnitude.
     """
 
     values: jax.Array
     transposed: jax.Array
-    largest: Float[Array, ""]
+    largest: Float[Array, "*parts"]
     scale: Scale | None
+
+
+class AttentionCasts(NamedTuple):
+    """What attention needs to write 8 bits.
+
+    Attributes:
+        out_scale: Scale of its output.
+        v_slot: Slot for the gradient of the values, with the largest magnitude [B, K] of each head.
+    """
+
+    out_scale: Scale
+    v_slot: Slot
 
 
 def slot_for(like: jax.Array, scale: Scale | None) -> Slot:
@@ -56,6 +68,7 @@ def content(gradient: Slot, scale: Scale | None) -> tuple[Quantised, Float[Array
         scale: The scale that the slot had.
     """
     values, transposed, largest, _ = gradient
+    largest = jnp.max(largest)
     scale = scale_for(largest, GRADIENT) if scale is None else scale
     return Quantised(values, transposed, scale), largest
 

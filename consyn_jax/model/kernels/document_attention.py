@@ -11,9 +11,10 @@ values, and sums them over the query heads of each key head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ TILES = {
     64: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     128: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
 }
+LOG2_E = math.log2(math.e)  # the kernels compute powers of two
 
 
 def document_attention(
@@ -85,8 +87,23 @@ def document_attention(
             section of the queries.
         tiles: Block sizes; by default those in `TILES`.
     """
+    given = q_BTNH, k_BSKH, v_BSKH, first_key_BT, last_query_BS
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-    tiles = tiles or TILES[64 if H <= 64 else 128]
+    tiles = tiles or tiles_for(H)
+    offset = jnp.asarray(first_position, jnp.int32).reshape(1)
+    return _attention(*on_whole_tiles(*given, tiles), offset, H**-0.5, tiles)[:, :T, :, :H]
+
+
+def tiles_for(head_dim: int) -> Tiles:
+    """The row of `TILES` for heads of this width."""
+    return TILES[64 if head_dim <= 64 else 128]
+
+
+def on_whole_tiles(
+    q_BTNH: Any, k_BSKH: Any, v_BSKH: Any, first_key_BT: Any, last_query_BS: Any, tiles: Tiles
+) -> tuple[jax.Array, ...]:
+    """Pad the inputs of the kernels to whole tiles, and heads to a width that the kernels have."""
+    H = q_BTNH.shape[3]
     queries = math.lcm(tiles.forward.own, tiles.queries.own, tiles.keys.step)
     keys = math.lcm(tiles.forward.step, tiles.queries.step, tiles.keys.own)
     width = max(16, pl.next_power_of_2(H))
@@ -99,8 +116,7 @@ def document_attention(
         for a, size in ((first_key_BT, queries), (last_query_BS, keys))
     )
     assert max(q.size, k.size) < 2**31, "kernels count elements in 32 bits"
-    offset = jnp.asarray(first_position, jnp.int32).reshape(1)
-    return _attention(q, k, v, first_key, last_query, offset, H**-0.5, tiles)[:, :T, :, :H]
+    return q, k, v, first_key, last_query
 
 
 def _padded(x: jax.Array, length: int, width: int) -> jax.Array:
@@ -117,61 +133,103 @@ def _attention(
 def _forward(
     q: Any, k: Any, v: Any, first_key: Any, last_query: Any, offset: Any, scale: float, tiles: Tiles
 ) -> Any:
-    B, T, N, H = q.shape
-    S, tile = k.shape[1], tiles.forward
-    head, _, tokens, all_keys = _query_blocks(tile, H, S, N // k.shape[2])
-    out, log_sum = pl.pallas_call(
-        partial(_forward_kernel, scale=scale * math.log2(math.e), step=tile.step),
-        grid=(T // tile.own, N, B),
-        in_specs=[head, all_keys, all_keys, tokens, _SCALAR],
-        out_specs=[_rows_of(T, H), pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))],
-        out_shape=[_like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        compiler_params=_parameters(tile),
-        name="document_attention_forward",
-    )(q, k, v, first_key, offset)
+    out, log_sum = forward_call(q, k, tiles.forward, scale).run(q, k, v, first_key, offset)
     out, log_sum = (checkpoint_name(x, KERNEL_RESIDUALS) for x in (out, log_sum))
     return out, (q, k, v, first_key, last_query, offset, out, log_sum)
 
 
 def _backward(scale: float, tiles: Tiles, saved: Any, dout: jax.Array) -> Any:
     q, k, v, first_key, last_query, offset, out, log_sum = saved
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    scales = {"scale": scale * math.log2(math.e), "outer_scale": scale}
-    product = out.astype(jnp.float32) * dout.astype(jnp.float32)
-    correction_BNT = jnp.sum(product, axis=-1).transpose(0, 2, 1)
-
-    tile = tiles.queries
-    head, sums, tokens, all_keys = _query_blocks(tile, H, S, N // K)
-    dq = pl.pallas_call(
-        partial(_queries_kernel, step=tile.step, **scales),
-        grid=(T // tile.own, N, B),
-        in_specs=[head, all_keys, all_keys, head, sums, sums, tokens, _SCALAR],
-        out_specs=_rows_of(T, H),
-        out_shape=_like(q),
-        compiler_params=_parameters(tile),
-        name="document_attention_queries",
-    )(q, k, v, dout, log_sum, correction_BNT, first_key, offset)
-
-    tile = tiles.keys
-    head, _, tokens, _ = _query_blocks(tile, H, S, N // K)  # blocks of keys
-    all_queries = pl.BlockSpec((None, T, N // K, H), lambda i, n, b: (b, 0, n, 0))
-    sums = pl.BlockSpec((None, N // K, T), lambda i, n, b: (b, n, 0))
-    dk, dv = pl.pallas_call(
-        partial(_keys_kernel, step=tile.step, **scales),
-        grid=(S // tile.own, K, B),
-        in_specs=[all_queries, head, head, all_queries, sums, sums, tokens, _SCALAR],
-        out_specs=[_rows_of(S, H)] * 2,
-        out_shape=[_like(k)] * 2,
-        compiler_params=_parameters(tile),
-        name="document_attention_keys",
-    )(q, k, v, dout, log_sum, correction_BNT, last_query, offset)
+    given = q, k, v, dout, log_sum, correction(out, dout)
+    [dq] = queries_call(q, k, tiles.queries, scale).run(*given, first_key, offset)
+    dk, dv = keys_call(q, k, tiles.keys, scale).run(*given, last_query, offset)
     return dq, dk, dv, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
-_SCALAR = pl.BlockSpec((1,), lambda i, n, b: (0,))
+
+def correction(out: jax.Array, dout: jax.Array) -> Float[Array, "B N T"]:
+    """The sum over each head of the output times its gradient, which both backward kernels read."""
+    return jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
+
+
+class Call(NamedTuple):
+    """A kernel, its grid of programs, and how it reads and writes arrays.
+
+    Attributes:
+        out: The spec and the shape of each result.
+    """
+
+    name: str
+    kernel: Callable[..., None]
+    tile: Tile
+    grid: tuple[int, int, int]
+    in_specs: list[pl.BlockSpec]
+    out: list[tuple[pl.BlockSpec, jax.ShapeDtypeStruct]]
+
+    def run(self, *arrays: jax.Array) -> Sequence[jax.Array]:
+        """Compute the results."""
+        return pl.pallas_call(
+            self.kernel,
+            grid=self.grid,
+            in_specs=self.in_specs,
+            out_specs=[spec for spec, _ in self.out],
+            out_shape=[shape for _, shape in self.out],
+            compiler_params=pltriton.CompilerParams(
+                num_warps=self.tile.num_warps, num_stages=self.tile.num_stages
+            ),
+            name=f"document_attention_{self.name}",
+        )(*arrays)
+
+
+def forward_call(q: jax.Array, k: jax.Array, tile: Tile, scale: float) -> Call:
+    """The kernel of the forward pass: output and softmax sums [B, N, T]."""
+    (B, T, N, H), S = q.shape, k.shape[1]
+    head, _, tokens, all_keys = _query_blocks(tile, H, S, N // k.shape[2])
+    sums = pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))
+    kernel = partial(_forward_kernel, scale=scale * LOG2_E, step=tile.step)
+    return Call(
+        "forward",
+        kernel,
+        tile,
+        (T // tile.own, N, B),
+        [head, all_keys, all_keys, tokens, SCALAR],
+        [_own_rows_like(q), (sums, jax.ShapeDtypeStruct((B, N, T), jnp.float32))],
+    )
+
+
+def queries_call(q: jax.Array, k: jax.Array, tile: Tile, scale: float) -> Call:
+    """The kernel for the gradient of the queries."""
+    (B, T, N, H), S = q.shape, k.shape[1]
+    head, sums, tokens, all_keys = _query_blocks(tile, H, S, N // k.shape[2])
+    return Call(
+        "queries",
+        partial(_queries_kernel, scale=scale * LOG2_E, outer_scale=scale, step=tile.step),
+        tile,
+        (T // tile.own, N, B),
+        [head, all_keys, all_keys, head, sums, sums, tokens, SCALAR],
+        [_own_rows_like(q)],
+    )
+
+
+def keys_call(q: jax.Array, k: jax.Array, tile: Tile, scale: float) -> Call:
+    """The kernel for the gradients of keys and values."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    head, _, tokens, _ = _query_blocks(tile, H, S, N // K)  # blocks of keys
+    all_queries = pl.BlockSpec((None, T, N // K, H), lambda i, n, b: (b, 0, n, 0))
+    sums = pl.BlockSpec((None, N // K, T), lambda i, n, b: (b, n, 0))
+    return Call(
+        "keys",
+        partial(_keys_kernel, scale=scale * LOG2_E, outer_scale=scale, step=tile.step),
+        tile,
+        (S // tile.own, K, B),
+        [all_queries, head, head, all_queries, sums, sums, tokens, SCALAR],
+        [_own_rows_like(k)] * 2,
+    )
+
+
+SCALAR = pl.BlockSpec((1,), lambda i, n, b: (0,))
 
 
 def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec, ...]:
@@ -188,17 +246,10 @@ def _query_blocks(tile: Tile, H: int, S: int, group: int) -> tuple[pl.BlockSpec,
     )
 
 
-def _rows_of(length: int, H: int) -> pl.BlockSpec:
-    """Return the spec of a result [B, length, heads, H] of which a program writes `_own_rows`."""
-    return pl.BlockSpec((None, length, None, H), lambda i, n, b: (b, 0, n, 0))
-
-
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _parameters(tile: Tile) -> pltriton.CompilerParams:
-    return pltriton.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
+def _own_rows_like(x: jax.Array) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+    """Return a result like x [B, length, heads, H], of which a program writes `own_rows`."""
+    spec = pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda i, n, b: (b, 0, n, 0))
+    return spec, jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -210,7 +261,7 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
     )
 
 
-def _own_rows(own: int, position: Any) -> Any:
+def own_rows(own: int, position: Any) -> Any:
     """Return the rows of a program's results, hidden from the compiler.
 
     They are the rows of its inputs. If the compiler knew this, it would compute both addresses
@@ -260,7 +311,7 @@ def _forward_kernel(
         jnp.full((own,), NEVER, jnp.float32),
     )
     acc, total, top = over_blocks(blocks, block, nothing)
-    rows = _own_rows(own, first_key_ref[0])
+    rows = own_rows(own, first_key_ref[0])
     out_ref[rows, :] = (acc / total[:, None]).astype(out_ref.dtype)
     log_sum_ref[rows] = top * scale + jnp.log2(total)
 
@@ -300,7 +351,7 @@ def _queries_kernel(
 
     blocks = visible_keys(first_key_ref, first, step, k_ref.shape[0])
     dq = over_blocks(blocks, block, jnp.zeros((own, H), jnp.float32))
-    dq_ref[_own_rows(own, first_key_ref[0]), :] = (dq * outer_scale).astype(dq_ref.dtype)
+    dq_ref[own_rows(own, first_key_ref[0]), :] = (dq * outer_scale).astype(dq_ref.dtype)
 
 
 def _keys_kernel(
@@ -342,6 +393,6 @@ def _keys_kernel(
     blocks = seeing_queries(last_query_ref, first, offset, step, T)
     nothing = jnp.zeros((own, H), jnp.float32)
     dk, dv = jax.lax.fori_loop(0, group, head_step, (nothing, nothing))
-    rows = _own_rows(own, last_query_ref[0])
+    rows = own_rows(own, last_query_ref[0])
     dk_ref[rows, :] = (dk * outer_scale).astype(dk_ref.dtype)
     dv_ref[rows, :] = dv.astype(dv_ref.dtype)

@@ -15,12 +15,15 @@ from consyn_jax.model.fp8.operands import (
     swiglu_gradients_in_8_bits,
     swiglu_in_8_bits,
 )
-from consyn_jax.model.fp8.quantisation import GRADIENT, quantise
+from consyn_jax.model.fp8.quantisation import FORWARD, GRADIENT, Quantised, quantise
 from consyn_jax.model.fp8.slots import slot_for
-from consyn_jax.model.kernels.eight_bit_norm import eight_bit_norm
-from consyn_jax.model.kernels.eight_bit_norm_gradients import eight_bit_norm_gradients
-from consyn_jax.model.kernels.eight_bit_norm_rope import eight_bit_rotation_gradients
-from consyn_jax.model.kernels.eight_bit_swiglu import eight_bit_swiglu, eight_bit_swiglu_gradients
+from consyn_jax.model.kernels.document_attention import document_attention
+from consyn_jax.model.kernels.eight_bit.attention import eight_bit_attention
+from consyn_jax.model.kernels.eight_bit.norm import eight_bit_norm
+from consyn_jax.model.kernels.eight_bit.norm_gradients import eight_bit_norm_gradients
+from consyn_jax.model.kernels.eight_bit.norm_rope import eight_bit_rotation_gradients
+from consyn_jax.model.kernels.eight_bit.swiglu import eight_bit_swiglu, eight_bit_swiglu_gradients
+from consyn_jax.model.kernels.reference_attention import documents
 from consyn_jax.model.rope import rope_table
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -108,6 +111,53 @@ def rotation(B: int, T: int, N: int, H: int) -> tuple[Any, ...]:
     return heads, scale_H, rope_table(positions, 64, H, 1e4), EPS, "heads", gradient
 
 
+# Tokens, heads, key heads and their width: whole tiles, and others.
+ATTENTION = [(64, 4, 2, 32), (45, 2, 1, 24)]
+
+
+@pytest.mark.parametrize("shape", ATTENTION)
+@pytest.mark.parametrize(("scale", "dscale"), [(2.0**-4, 2.0**-8), (2.0**-9, 2.0**-16)])
+def test_attention(shape: tuple[int, int, int, int], scale: float, dscale: float) -> None:
+    """All results are those of 16 bits, cast afterwards, bit for bit."""
+    given = attention_of(2, *shape)
+    out, written, slot = jax.jit(in_8_bits)(*given, jnp.float32(scale), jnp.float32(dscale))
+    exact, dq, dk, dv = jax.jit(in_16_bits)(*given)
+    for got, want in zip(out, (exact, dq, dk, dv), strict=True):
+        np.testing.assert_array_equal(got, want)
+    out8, largest = quantise(exact.reshape(2, shape[0], -1), FORWARD, jnp.float32(scale))
+    dv8, dlargest = quantise(dv.reshape(2, shape[0], -1), GRADIENT, jnp.float32(dscale))
+    for got, want in ((written[0], out8.values), (written[1], out8.transposed)):
+        np.testing.assert_array_equal(got, want)
+    for got, want in ((slot.values, dv8.values), (slot.transposed, dv8.transposed)):
+        np.testing.assert_array_equal(got, want)
+    assert (written[2].shape, slot.largest.shape) == ((2, shape[1]), (2, shape[2]))
+    assert (np.max(written[2]), np.max(slot.largest)) == (largest, dlargest)
+    assert (np.abs(np.asarray(out8.values, np.float32)).max() == 448) == (scale == 2.0**-9)
+
+
+def attention_of(B: int, T: int, N: int, K: int, H: int) -> tuple[Any, ...]:
+    """Queries, keys, values and the gradient of the output, for two documents a row."""
+    heads = [numbers(i, B, T, n, H) for i, n in enumerate((N, K, K, N))]
+    segments = jnp.asarray(np.repeat([[0, 1]], [T // 3, T - T // 3], axis=1), jnp.int32)
+    return *heads, documents(jnp.broadcast_to(segments, (B, T)))
+
+
+def in_16_bits(q: Any, k: Any, v: Any, dout: Any, inside: Any) -> Any:
+    out, pull = jax.vjp(lambda *heads: document_attention(*heads, *inside), q, k, v)
+    return out, *pull(dout)
+
+
+def in_8_bits(q: Any, k: Any, v: Any, dout: Any, inside: Any, scale: Any, dscale: Any) -> Any:
+    """Output and gradients, the output in 8 bits, and the slot with the gradient of the values."""
+    slot = slot_for(v.reshape(*v.shape[:2], -1), dscale)
+    slot = slot._replace(largest=jnp.zeros((v.shape[0], v.shape[2])))
+    (out, written), pull = jax.vjp(
+        lambda q, k, v, slot: eight_bit_attention(q, k, v, *inside, scale, slot), q, k, v, slot
+    )
+    *gradients, slot = pull((dout, jax.tree.map(jnp.zeros_like, written)))
+    return (out, *gradients), written, slot
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [2.0**-4, 2.0**-8])
 def test_swiglu(shape: tuple[int, int, int], scale: float) -> None:
@@ -135,7 +185,11 @@ def test_nonfinite_values_are_not_hidden(wrong: float) -> None:
     q, *others, dout = rotation(1, 4, 2, 32)
     dout = dout.at[0, 1, 0, 2].set(wrong)
     (dq, _), _ = eight_bit_rotation_gradients(q, *others, dout, one)
-    for written in (normed, hidden, dgate, dup, dx, dq):
+    *heads, dattended, inside = attention_of(1, 32, 1, 1, 64)
+    heads[2] = heads[2].at[0, 1, 0, 2].set(wrong)
+    _, attended, dv = in_8_bits(*heads, dattended.at[0, 1, 0, 2].set(wrong), inside, one, one)
+    attended = Quantised(attended[0], attended[1], one)
+    for written in (normed, hidden, dgate, dup, dx, dq, attended, dv):
         assert np.isnan(np.asarray(written.values, np.float32)[0, 1, 2])
         assert np.isnan(np.asarray(written.transposed, np.float32)[2, 0, 1])
 
