@@ -293,14 +293,16 @@ def _quantising_bytes(work: Workload) -> Number:
     """Bytes that fp8's quantisation reads and writes, for a block's forward and backward pass.
 
     Most kernels write two 8-bit arrays instead of a bfloat16 one, which takes as many bytes, so it
-    is not counted. The norms' backward pass writes both for the gradients of o and down. XLA reads
-    the input of o and the gradient of v once, and writes them twice. Weights are read twice, the
-    first time for their maximum.
+    is not counted. The norms' backward pass writes both for the gradients of o and down, beside 16
+    bits, and attention for its output and the gradient of v. If attention does not, XLA reads these
+    two again. Weights are read twice, the first time for their maximum.
     """
     if not work.fp8:
         return 0
     q, kv, _ = _widths(work)
-    activations = 2 * 2 * work.model.hidden_dim + (BF16 + 2) * (q + kv)
+    in_attention = work.remat == "none" and work.sizes["context"] == 1
+    casts = 2 if in_attention else BF16 + 2
+    activations = 2 * 2 * work.model.hidden_dim + casts * (q + kv)
     shards = work.sizes["fsdp"] * work.sizes["tensor"]
     weights = num_block_parameters(work.model) / shards
     return work.local_tokens * activations + (2 * FLOAT32 + 1) * weights

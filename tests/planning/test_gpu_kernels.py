@@ -50,6 +50,14 @@ SPILLED = {
     **{(STANZA, gpu, FORWARD): (432, 416) for gpu in ("rtx4090", "rtx3090", "l40s")},
     **{(STANZA, gpu, KEYS): (12, 12) for gpu in ("rtx4090", "rtx3090", "l40s")},
 }
+# The same in fp8, where these kernels also write 8 bits.
+SPILLED_IN_FP8 = {
+    ("h200", FORWARD): (52, 0),
+    ("b200", FORWARD): (348, 328),
+    ("b200", KEYS): (56, 56),
+    **{(gpu, FORWARD): (424, 964) for gpu in ("rtx4090", "l40s")},
+    **{(gpu, KEYS): (8, 0) for gpu in ("rtx4090", "l40s")},
+}
 
 
 def ptxas() -> Path:
@@ -218,15 +226,19 @@ def test_the_softmax_of_other_sizes_does_not_spill(
     ],
 )
 def test_the_kernels_of_fp8_write_both_layouts_without_spilling(gpu: str, tmp_path: Path) -> None:
-    """They store 16 bytes at once, in the transposed layout, too; that of rotation, 8 bytes."""
+    """They store 16 bytes at once, in the transposed layout, too; that of rotation, 8 bytes.
+
+    Attention for heads of 128 spills as without 8 bits, or less, but on Ada with JAX 0.12.
+    """
     program, _, ptx = dumped(STANZA, gpu, "fp8")
-    for kernel, times in IN_FP8.items():
+    for kernel, times in (IN_FP8 | {FORWARD: 1, KEYS: 1}).items():
         assert program.kernels[kernel] == times, kernel
+        most = SPILLED_IN_FP8.get((gpu, kernel), (0, 0))[IS_NEWEST]
         stack, spilled, registers = resources(ptx[kernel], tmp_path)
-        assert (stack, spilled) == (0, 0), kernel
+        assert spilled <= most, (kernel, spilled)
+        assert stack <= 2 * most, (kernel, stack)
         assert registers <= 255
-        if kernel.startswith(("eight", "added")):
-            code = ptx[kernel].partition(f".entry {kernel}(")[2]
-            stores = re.findall(r"st\.global\.(\S+)", code)
-            of_arrays = "v2.b32" if "rope" in kernel else "v4.b32"
-            assert set(stores) == {of_arrays, "b32"}  # arrays, and a maximum
+        code = ptx[kernel].partition(f".entry {kernel}(")[2]
+        stores = re.findall(r"st\.global\.(\S+)", code)
+        of_arrays = "v2.b32" if "rope" in kernel else "v4.b32"
+        assert set(stores) == {of_arrays, "b32"}  # arrays, and numbers of rows or programs
