@@ -50,35 +50,31 @@ def causal_attention(
         sliding_window: Length of the window in tokens; None for no window.
         has_window: Whether this layer uses the window; None if all layers do.
         dropout: Dropout of the attention weights, for backends that support it.
-        casts: What the backend needs to write 8 bits if its `writers` say that it can; None for
-            16 bits only.
+        casts: Places for 8 bits, for backends whose `writers` have `in_attention`.
 
     Returns:
-        The output [B, T, N, H]; with `casts`, also the same in 8 bits, [B, T, N * H], with its
-        largest magnitude.
+        The output [B, T, N, H]; with `casts`, also the output in 8 bits and its largest magnitude.
     """
     chosen = BACKENDS[backend]
     assert dropout is None or chosen.drops_weights
-    weights = ("batch", "heads", "sequence", None)
-    B, T, N, _ = q_BTNH.shape
-    # Draw the mask of the whole array, so that it is the same on every mesh. Each device then takes
-    # a slice.
+    weights, (B, T, N, _) = ("batch", "heads", "sequence", None), q_BTNH.shape
+    # Draw the mask of the whole array, to be the same on every mesh; each device takes a slice.
     kept_BNTS = None if dropout is None else dropout.kept((B, N, T, T), weights)
     heads, kv_heads = (("batch", "sequence", name, None) for name in ("heads", "kv_heads"))
     # A device needs `first_BT` only for its own queries, but `last_BT` for all keys.
     spans: Any = ("batch", "sequence"), ("batch", None)
+    slot: Any = (*_axes_in_8_bits("kv_heads"), ())
     in_axes: Any = (
         *(heads, kv_heads, kv_heads),
         None if inside is None else Documents(*spans),
         None if kept_BNTS is None else weights,
         None if has_window is None else (),
-        None if casts is None else _axes_of(casts),
+        None if casts is None else AttentionCasts._make(((), Slot(*slot))),
     )
     arrays: Any = (q_BTNH, k_BTKH, v_BTKH, inside, kept_BNTS, has_window, casts)
     run = partial(_local_attention, backend=chosen, dropout=dropout, sliding_window=sliding_window)
-    rows, columns = _both_layouts("heads")
-    written = None if casts is None else (rows, columns, ("batch", "heads"))
-    out_BTNH, written = on_each_device(run, in_axes, (heads, written))(*arrays)
+    axes_in_8_bits = None if casts is None else _axes_in_8_bits("heads")
+    out_BTNH, written = on_each_device(run, in_axes, (heads, axes_in_8_bits))(*arrays)
     out_BTNH = checkpoint_name(out_BTNH, ATTENTION_OUTPUT)
     if casts is None:
         return out_BTNH
@@ -86,14 +82,9 @@ def causal_attention(
     return out_BTNH, (Quantised(values, transposed, casts.out_scale), jnp.max(largest))
 
 
-def _both_layouts(heads: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Logical axes of 8-bit values [B, T, D] and of their transpose, where D has these heads."""
-    return ("batch", "sequence", heads), (heads, "batch", "sequence")
-
-
-def _axes_of(casts: AttentionCasts) -> Any:
-    slot = Slot(*_both_layouts("kv_heads"), ("batch", "kv_heads"), ())  # type: ignore[arg-type]
-    return AttentionCasts((), slot)  # type: ignore[arg-type]
+def _axes_in_8_bits(heads: str) -> tuple[Any, ...]:
+    """Axes of values [B, T, D], their transpose, and the largest of each head, if D has `heads`."""
+    return ("batch", "sequence", heads), (heads, "batch", "sequence"), ("batch", heads)
 
 
 def _local_attention(
@@ -121,7 +112,7 @@ def _local_attention(
     if casts is None:
         return backend.attend(q_BTNH, k_BSKH, v_BSKH, visible, drop), None
     # Pallas takes half a second to import
-    from consyn_jax.model.kernels.eight_bit.attention import eight_bit_attention
+    from consyn_jax.model.kernels.eight_bit.eight_bit_attention import eight_bit_attention
 
     return eight_bit_attention(q_BTNH, k_BSKH, v_BSKH, *_spans(visible, q_BTNH.shape[0]), *casts)
 
@@ -264,10 +255,10 @@ def _kernel_norms(head_dim: int) -> Norms:
 
 def _kernel_writers(head_dim: int) -> Writers:
     """Return the kernels that write 8-bit operands; XLA rotates heads that `norm_rope` cannot."""
-    from consyn_jax.model.kernels.eight_bit.norm import eight_bit_norm
-    from consyn_jax.model.kernels.eight_bit.norm_gradients import eight_bit_norm_gradients
-    from consyn_jax.model.kernels.eight_bit.norm_rope import eight_bit_rotation_gradients
-    from consyn_jax.model.kernels.eight_bit.swiglu import (
+    from consyn_jax.model.kernels.eight_bit.eight_bit_norm import eight_bit_norm
+    from consyn_jax.model.kernels.eight_bit.eight_bit_norm_gradients import eight_bit_norm_gradients
+    from consyn_jax.model.kernels.eight_bit.eight_bit_norm_rope import eight_bit_rotation_gradients
+    from consyn_jax.model.kernels.eight_bit.eight_bit_swiglu import (
         eight_bit_swiglu,
         eight_bit_swiglu_gradients,
     )

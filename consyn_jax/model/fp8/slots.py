@@ -36,7 +36,7 @@ class Slot(NamedTuple):
 
 
 class AttentionCasts(NamedTuple):
-    """What attention needs to write 8 bits.
+    """The places and scales of what attention writes in 8 bits.
 
     Attributes:
         out_scale: Scale of its output.

@@ -18,11 +18,14 @@ from consyn_jax.model.fp8.operands import (
 from consyn_jax.model.fp8.quantisation import FORWARD, GRADIENT, Quantised, quantise
 from consyn_jax.model.fp8.slots import slot_for
 from consyn_jax.model.kernels.document_attention import document_attention
-from consyn_jax.model.kernels.eight_bit.attention import eight_bit_attention
-from consyn_jax.model.kernels.eight_bit.norm import eight_bit_norm
-from consyn_jax.model.kernels.eight_bit.norm_gradients import eight_bit_norm_gradients
-from consyn_jax.model.kernels.eight_bit.norm_rope import eight_bit_rotation_gradients
-from consyn_jax.model.kernels.eight_bit.swiglu import eight_bit_swiglu, eight_bit_swiglu_gradients
+from consyn_jax.model.kernels.eight_bit.eight_bit_attention import eight_bit_attention
+from consyn_jax.model.kernels.eight_bit.eight_bit_norm import eight_bit_norm
+from consyn_jax.model.kernels.eight_bit.eight_bit_norm_gradients import eight_bit_norm_gradients
+from consyn_jax.model.kernels.eight_bit.eight_bit_norm_rope import eight_bit_rotation_gradients
+from consyn_jax.model.kernels.eight_bit.eight_bit_swiglu import (
+    eight_bit_swiglu,
+    eight_bit_swiglu_gradients,
+)
 from consyn_jax.model.kernels.reference_attention import documents
 from consyn_jax.model.rope import rope_table
 
