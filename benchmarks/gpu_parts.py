@@ -112,6 +112,7 @@ CHAPTERS: dict[str, tuple[Part, ...]] = {
         Part("compile_time", "compile_time:measure", 70),
     ),
     "generate": (Part("generate", "generate:on_gpu", 90, gpu="two"),),
+    "norms": (Part("norms", "norms:measure", 40),),
     "fp8_torch": (
         against_torch(
             *("vs_stanza_fp8", "stanza, fp8", 120, "fp8"),

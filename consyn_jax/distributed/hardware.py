@@ -65,6 +65,11 @@ class DescribedGpu(Gpu):
     shared_memory_per_block: int = 232_448
     shared_memory_per_core: int = 233_472
 
+    @property
+    def compute_capability(self) -> str:
+        """Compute capability in the form of JAX, such as "9.0" for Hopper."""
+        return ".".join([*re.findall(r"\d+", self.capability), "0"][:2])
+
 
 # Ampere and Ada cards with GDDR memory, on PCIe 4.0 x16. Eight cards share one port of 100 Gb/s.
 _ONE_OF_EIGHT_ON_PCIE: Any = {

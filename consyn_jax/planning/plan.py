@@ -27,6 +27,7 @@ from consyn_jax.planning.roofline import StepTime, estimate_step
 from consyn_jax.planning.topology import GpuTopology, Topology
 from consyn_jax.planning.workload import Workload, workload
 from consyn_jax.training.optim.offload import check_offload
+from consyn_jax.training.precision import choose_precision
 from consyn_jax.training.run_mesh import choose_run_mesh, this_machine
 from consyn_jax.training.trainer import ConsynTrainer
 from consyn_jax.validation import validate
@@ -81,10 +82,15 @@ def estimate(model: ModelConfig, run: RunConfig, topology: Topology) -> Plan:
     """Plan a resolved run by arithmetic, without compiling.
 
     Raises:
-        UserError: mesh, batch or `--optimizer_memory` is impossible on this topology.
+        UserError: mesh, batch, precision or `--optimizer_memory` is impossible on this topology.
     """
-    if topology.compiler == "tpu" and run.hardware.optimizer_memory == "host":
-        check_offload(run.optimizer.optimizer, None, topology.compiler)
+    platform, kind, hardware = topology.compiler, topology.device.kind, run.hardware
+    precision = choose_precision(
+        *(hardware.mixed_precision, platform, topology.compute_capability, kind),
+        hardware.logits_dtype,
+    )
+    if hardware.optimizer_memory == "host":
+        check_offload(run.optimizer.optimizer, precision.dtype, platform)
     mesh = choose_run_mesh(
         *(model, run.budget, run.hardware, run.optimizer, run.row_length),
         *(topology.machine, run.lora, run.regularisation.sequences),

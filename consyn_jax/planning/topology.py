@@ -58,6 +58,11 @@ class Topology(ABC):
         """Row of the hardware table for the devices, which are all of one kind."""
 
     @property
+    def compute_capability(self) -> str:
+        """Compute capability of the GPUs, such as "9.0" for Hopper; empty for TPUs."""
+        return self.device.compute_capability if isinstance(self.device, DescribedGpu) else ""
+
+    @property
     @abstractmethod
     def machine(self) -> Machine:
         """Hosts, devices and memory, in the form that `--mesh auto` reads."""
@@ -133,7 +138,7 @@ def _know_architectures() -> None:
         gpu = described_gpu(kind)
         if gpu is None:
             return ask_device(kind)
-        return ".".join([*re.findall(r"\d+", gpu.capability), "0"][:2])
+        return gpu.compute_capability
 
     gpu_info._get_device_arch_name = architecture
 

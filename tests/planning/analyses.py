@@ -4,7 +4,14 @@ import collections
 import math
 import re
 
-from consyn_jax.distributed.compiled import BYTES, Array, Instruction, kernel_name
+from consyn_jax.distributed.compiled import (
+    BYTES,
+    Array,
+    Instruction,
+    array_bytes,
+    kernel_name,
+    unread_bytes,
+)
 
 Shape = tuple[int, ...]
 # In the assembler's report on a kernel: bytes of the stack frame, spilled bytes, registers.
@@ -88,6 +95,46 @@ def written_by_fusions(
                 if dtype in dtypes and ends & {(number,), tokens}:
                     found += [(dtype, math.prod(shape) // number)] * instruction.times
     return found
+
+
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while")
+
+
+def launched(program: list[Instruction]) -> list[Instruction]:
+    """The instructions that a GPU executes as kernels, which are not inside fusions or reductions."""
+    inside = {
+        callee
+        for each in program
+        for attribute, callee in each.calls
+        if each.operation == "fusion" or attribute == "to_apply"
+    }
+    return [
+        each
+        for each in program
+        if each.times
+        and each.computation not in inside
+        and each.operation not in _FREE
+        and not each.operation.endswith(("-start", "-done"))  # what they run counts
+    ]
+
+
+def moved_bytes(program: list[Instruction]) -> int:
+    """Bytes that all kernels read and write; adding in place reads and writes the whole array."""
+    arrays, bodies = {each.name: each.arrays for each in program}, bodies_of(program)
+    total = 0
+    for each in launched(program):
+        read = [array for name in each.operands for array in arrays.get(name, ())]
+        size = sum(map(array_bytes, (*read, *each.arrays)))
+        total += each.times * (size - unread_bytes(each, arrays, bodies))
+    return total
+
+
+def bodies_of(program: list[Instruction]) -> dict[str, list[Instruction]]:
+    """The instructions of each computation."""
+    bodies: dict[str, list[Instruction]] = {}
+    for each in program:
+        bodies.setdefault(each.computation, []).append(each)
+    return bodies
 
 
 def bytes_of_kernels(program: list[Instruction], part: str) -> dict[str, int]:

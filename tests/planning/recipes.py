@@ -107,14 +107,24 @@ class Dumped(NamedTuple):
     ptx: dict[str, str]
 
 
-@cache
-def dumped(name: str, gpu: str, precision: str = "bf16", logits: str = "float32") -> Dumped:
+def dumped(
+    name: str,
+    gpu: str,
+    precision: str = "bf16",
+    logits: str = "float32",
+    optimizer: str = "adamw",
+) -> Dumped:
     """One layer of a recipe's step for one GPU, with the kernels' code."""
-    changes = ONE_LAYER | {"mixed_precision": precision, "logits_dtype": logits}
+    return _dumped(name, gpu, precision, logits, optimizer)
+
+
+@cache  # however a default is given
+def _dumped(name: str, gpu: str, precision: str, logits: str, optimizer: str) -> Dumped:
+    changes = {"mixed_precision": precision, "logits_dtype": logits, "optimizer": optimizer}
     with tempfile.TemporaryDirectory() as place:
         text = Path(place) / "program"
         with mock.patch.dict(os.environ, XLA_FLAGS=dumping(Path(place) / "dump")):
-            program = compile_train_step(*recipe(name, changes), f"{gpu}:1x1", text)
+            program = compile_train_step(*recipe(name, ONE_LAYER | changes), f"{gpu}:1x1", text)
         files = [path.read_text() for path in Path(place).glob("dump/*train_step*.ptx")]
         ptx = {kernel: file for file in files for kernel in re.findall(r"\.entry (\w+)", file)}
         return Dumped(program, instructions(text.read_text()), ptx)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from analyses import unordered
-from recipes import STEPS, dumped, dumping
+from recipes import STANZA, STEPS, VERSE, Dumped, dumped, dumping
 
 from consyn_jax.distributed.compiled import instructions, kernels
 from consyn_jax.planning import aot
@@ -28,8 +28,25 @@ LIBRARIES = {"__cublas$lt$matmul", "__cub$DeviceRadixSort", "__cub$DeviceRadixSo
 
 @pytest.mark.parametrize(("name", "gpu"), STEPS)
 def test_nothing_depends_on_the_order_of_threads(name: str, gpu: str) -> None:
+    check_order(dumped(name, gpu))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (STANZA, {"precision": "fp8"}),
+        (VERSE, {"logits": "bfloat16"}),
+        (VERSE, {"optimizer": "muon"}),
+    ],
+    ids=["fp8", "logits in bfloat16", "muon"],
+)
+def test_nor_does_it_in_other_precisions_and_with_muon(name: str, changes: dict[str, str]) -> None:
+    check_order(dumped(name, "h200", **changes))
+
+
+def check_order(step: Dumped) -> None:
     """No scatter to places that can be equal, and no atomic operation in any kernel."""
-    _, program, ptx = dumped(name, gpu)
+    _, program, ptx = step
     assert unordered(program) == []
     assert len(ptx) > 20
     assert [found for text in ptx.values() for found in ATOMIC.findall(text)] == []

@@ -364,6 +364,9 @@ def test_the_vocabulary_is_that_of_the_token_store(tmp_path: Path) -> None:
     assert vocabulary(data=(str(tmp_path / "tokens"),)) == 259
 
 
+NARROW, ON_HOST = ["--logits_dtype", "bfloat16"], ["--optimizer_memory", "host"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "sentence"),
@@ -375,6 +378,22 @@ def test_the_vocabulary_is_that_of_the_token_store(tmp_path: Path) -> None:
         (
             ["--dry_run", "--topology", "h200:1x8", "--mesh", "fsdp=4"],
             "--mesh fsdp=4 is for 4 devices, and there are 8",
+        ),
+        *(
+            (
+                ["--dry_run", "--topology", "h200:1x8", "--mixed_precision", precision, *NARROW],
+                f"--logits_dtype bfloat16 needs a run that computes in bfloat16, but this one "
+                f"computes in {dtype}. Use --mixed_precision bf16",
+            )
+            for precision, dtype in (("fp16", "float16"), ("no", "float32"))
+        ),
+        (
+            ["--dry_run", "--topology", "a100:1x8", "--mixed_precision", "fp8"],
+            "--mixed_precision fp8 needs an NVIDIA GPU of compute capability 8.9 or later",
+        ),
+        (
+            ["--dry_run", "--topology", "h200:1x8", "--mixed_precision", "fp16", *ON_HOST],
+            "--optimizer_memory host does not work with float16",
         ),
     ],
 )

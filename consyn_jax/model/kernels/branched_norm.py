@@ -156,7 +156,7 @@ def _call(
 # ------------------------------------------------------------------------------------------ kernels
 
 
-def _load_common(scale_ref: Any, num_rows: int, dim: int, own: int = ROWS) -> Any:
+def _load_common(scale_ref: Any, num_rows: int, dim: int, own: int) -> Any:
     """Load the scale of the norm, and find the columns and rows that this program processes.
 
     Args:
@@ -184,7 +184,7 @@ def store(ref: Any, value: jax.Array, exists: Any) -> None:
 
 
 def _branched_norm_forward(scale_ref, x_ref, out_ref, *, num_rows, dim, eps):
-    exists, rows, scale = _load_common(scale_ref, num_rows, dim)
+    exists, rows, scale = _load_common(scale_ref, num_rows, dim, x_ref.shape[0])
 
     def row_step(row, carry):
         x = load(x_ref.at[row], exists)
@@ -195,7 +195,7 @@ def _branched_norm_forward(scale_ref, x_ref, out_ref, *, num_rows, dim, eps):
 
 
 def _added_norm_forward(scale_ref, x_ref, added_ref, sum_ref, out_ref, *, num_rows, dim, eps):
-    exists, rows, scale = _load_common(scale_ref, num_rows, dim)
+    exists, rows, scale = _load_common(scale_ref, num_rows, dim, x_ref.shape[0])
 
     def row_step(row, carry):
         x = load(x_ref.at[row], exists) + load(added_ref.at[row], exists)
