@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from consyn_jax.distributed.hardware import runs_triton
 from consyn_jax.distributed.mesh import mesh_sizes, on_each_device
+from consyn_jax.model.arithmetic import query_blocks
 from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.fp8.operands import REFERENCE, Writers
 from consyn_jax.model.fp8.quantisation import Quantised
@@ -162,9 +163,24 @@ class Visible(NamedTuple):
 def _masked_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible, drop: Drop | None
 ) -> jax.Array:
+    """`attend`; whole sequences in blocks of queries, without the keys after each block."""
     first_BT = None if visible.inside is None else visible.inside.first_BT
     mask = attention_mask(visible.queries_T, visible.keys_S, first_BT, visible.window)
-    return attend(q_BTNH, k_BSKH, v_BSKH, mask, drop)
+    blocks = query_blocks(visible.T)
+    if blocks == 1 or visible.T < visible.S or drop is not None:
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask, drop)
+    size = visible.T // blocks
+    stops = range(size, visible.T + 1, size)
+    outs = [
+        attend(
+            q_BTNH[:, stop - size : stop],
+            k_BSKH[:, :stop],
+            v_BSKH[:, :stop],
+            mask[:, :, stop - size : stop, :stop],
+        )
+        for stop in stops
+    ]
+    return jnp.concatenate(outs, axis=1)
 
 
 def _spans(visible: Visible, B: int) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:

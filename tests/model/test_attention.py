@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from consyn_jax.distributed.mesh import AXES, build_mesh
 from consyn_jax.model import attention
+from consyn_jax.model.arithmetic import query_blocks
 from consyn_jax.model.attention import CHOSEN, causal_attention, choose_attention
-from consyn_jax.model.kernels.reference_attention import attend, documents
+from consyn_jax.model.kernels.reference_attention import attend, attention_mask, documents
 
 T = 16
 SEGMENTS = np.array([[1] * 5 + [2] * 1 + [3] * 10, [1] * 9 + [2] * 4 + [0] * 3], np.int32)
@@ -76,6 +78,25 @@ def test_documents_begin_and_end_where_the_id_changes(runs: list[tuple[int, int]
 
 
 @pytest.mark.users_compiler
+@pytest.mark.parametrize(("packed", "window"), [(True, None), (False, 100)])
+def test_blocks_of_queries_equal_the_whole(packed: bool, window: int | None) -> None:
+    rng, length = np.random.default_rng(0), 256
+    q, k, v, dout = (
+        jnp.asarray(rng.normal(size=(2, length, n, 8)), jnp.float32) for n in (4, 2, 2, 4)
+    )
+    segments = jnp.asarray(np.sort(rng.integers(0, 5, (2, length))), jnp.int32)
+    inside = documents(segments) if packed else None
+    positions = jnp.arange(length)
+    mask = attention_mask(positions, positions, inside and inside.first_BT, window)
+    assert query_blocks(length) == 4
+    blocks = partial(causal_attention, inside=inside, backend="xla", sliding_window=window)
+    found, expected = (jax.vjp(f, q, k, v) for f in (blocks, partial(attend, mask=mask)))
+    for got, want in zip(
+        (found[0], *found[1](dout)), (expected[0], *expected[1](dout)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_grouped_attention_equals_torch() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, T, heads, 8)).astype(np.float32) for heads in (6, 2, 2))

@@ -23,6 +23,7 @@ from consyn_jax.model.arithmetic import (
     num_adapter_parameters,
     num_block_parameters,
     num_parameters,
+    query_blocks,
 )
 from consyn_jax.model_config import NO_LORA, LoraOptions, ModelConfig
 
@@ -46,8 +47,9 @@ def cpu_step_bytes(
     - the parameters and the optimizer's moments;
     - three arrays as large as the trained parameters, or four with gradient accumulation;
     - two arrays as large as the logits of one chunk;
-    - the activations of all blocks, and two [T, T] matrices per head. Rematerialisation saves
-      nothing, because XLA on CPUs merges the repeated computation with the first one;
+    - the activations of all blocks, and two [T, T] matrices per head, of which blocks of queries
+      leave out the keys after them. Rematerialisation saves nothing, because XLA on CPUs merges the
+      repeated computation with the first one;
     - for LoRA, a float32 copy of each frozen matrix and of each matrix product's output.
 
     Args:
@@ -58,7 +60,7 @@ def cpu_step_bytes(
     """
     c, tokens = config, batch_size * length
     block, _ = _block_bytes(c, 1, "none", fused=False)
-    attended = 2 * c.num_heads * length * FLOAT32
+    attended = (1 + 1 / query_blocks(length)) * c.num_heads * length * FLOAT32
     logits = 2 * FLOAT32 * min(CPU_LOGITS, tokens * c.padded_vocab_size)
     arrays = 3 if accumulation == 1 else 4
     trained, frozen, outputs = num_parameters(c), 0.0, 0
