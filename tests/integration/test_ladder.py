@@ -37,6 +37,7 @@ def lines(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
     corpus: Path,
     tmp_path: Path,
