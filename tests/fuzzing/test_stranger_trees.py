@@ -11,6 +11,7 @@ TREES = 50
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute, and far more beside other load
+@pytest.mark.long
 def test_nothing_outside_is_touched_and_every_command_ends_with_its_own_code() -> None:
     search = Path(__file__).with_name("stranger_trees.py")
     done = subprocess.run(

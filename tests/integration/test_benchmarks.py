@@ -110,6 +110,7 @@ def test_parts_without_time_are_named(gpu_report: Any, tmp_path: Path) -> None:
     assert command in out.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_attention_ends_in_its_budget(gpu_report: Any) -> None:
     """What does not fit is named."""
     import attention
@@ -139,6 +140,7 @@ def test_exactness_at_a_small_size(gpu_report: Any) -> None:
     assert found["choices_kept"] == 0
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_or_fails_is_reported(gpu_report: Any) -> None:
     hangs = gpu_report.run_part(
         gpu_report.PARTS[0], tiny=True, limit_s=0.05, environment=dict(os.environ)

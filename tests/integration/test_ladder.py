@@ -10,6 +10,7 @@ import pytest
 
 from consyn_jax.cli import train, tune
 from consyn_jax.training.run.lock import RunLock
+from consyn_jax.tuning.ladder import ladder_run
 from consyn_jax.tuning.ladder.rung_run import RungRun
 from consyn_jax.tuning.ladder.scaling_law import LossPoint
 
@@ -36,9 +37,16 @@ def lines(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_ladder_goes_on_after_a_kill_and_its_runs_are_those_of_consyn_train(
-    corpus: Path, tmp_path: Path, nursery: Nursery, capfd: pytest.CaptureFixture[str]
+    corpus: Path,
+    tmp_path: Path,
+    nursery: Nursery,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Intervals, of which nothing is asked here, took half of the time.
+    monkeypatch.setattr(ladder_run, "DRAWS", 20)
     output = tmp_path / "ladder"
     sizes = output / "sizes"
     process = nursery.start(*flags(corpus, output), command="tune", devices=8)

@@ -15,6 +15,7 @@ from .nursery import FLAGS, slow
 
 pytestmark = pytest.mark.slow
 
+MORE = [*FLAGS, "--eval_steps", "3"]
 PROGRAM = "import sys\nfrom consyn_jax.cli.train import main\nsys.exit(main())\n"
 
 
@@ -37,15 +38,22 @@ def start(*flags: object, before: str = "") -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 75)])
-def test_a_stopped_run_goes_on_bit_for_bit(
-    number: signal.Signals, code: int, corpus: Path, tmp_path: Path
-) -> None:
-    """After TERM, mpirun returns its own code and not that of the processes."""
-    flags = [*FLAGS, "--eval_steps", "3", "--data", corpus, "--output"]
-    with start(*flags, tmp_path / "whole") as process:
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that nobody stops."""
+    path = tmp_path_factory.mktemp("mpirun") / "whole"
+    with start(*MORE, "--data", corpus, "--output", path) as process:
         said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
+    return Run(path, 0, said)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 75)])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    number: signal.Signals, code: int, whole: Run, corpus: Path, tmp_path: Path
+) -> None:
+    """After TERM, mpirun returns its own code and not that of the processes."""
+    flags = [*MORE, "--data", corpus, "--output"]
     with start(*flags, tmp_path / "run", before=slow(3)) as process:
         metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
         while not metrics.exists() or metrics.read_text().count('"train/loss"') < 6:
@@ -59,7 +67,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     with start(*flags, tmp_path / "run") as process:
         said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
-    whole, run = (Run(tmp_path / name, 0, said) for name in ("whole", "run"))
+    run = Run(tmp_path / "run", 0, said)
     assert run.events.count("resume") == 1
     assert run.numbers == whole.numbers
     assert run.weights == whole.weights

@@ -129,6 +129,7 @@ def holes(run: Run) -> list[int]:
     return [step for step in STEPS if step not in there | lost]
 
 
+@pytest.mark.long
 def test_power_cuts_at_random_moments(
     whole: Run, nursery: Nursery, corpus: Path, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def meet_faults(cluster: SlurmCluster, place: Path, flags: list[object]) -> dict
     return jobs
 
 
+@pytest.mark.long
 def test_what_ends_a_job_is_followed_by_another_start(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:

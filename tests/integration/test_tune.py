@@ -374,6 +374,7 @@ def test_a_machine_that_cannot_train_at_all_begins_no_trial(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kills_and_two_processes_lose_and_repeat_no_trial(
     corpus: Path,
     tmp_path: Path,

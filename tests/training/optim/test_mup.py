@@ -61,8 +61,8 @@ def name_of(path: Any) -> str:
     return path[-1].key
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("normed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_training_is_that_of_the_published_tables(tied: bool, normed: bool) -> None:
     """Table 1 of CompleteP (Dey et al., 2025): multipliers in the forward pass, a rate and a decay
     for each kind of weights."""
