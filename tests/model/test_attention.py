@@ -77,7 +77,6 @@ def test_documents_begin_and_end_where_the_id_changes(runs: list[tuple[int, int]
     np.testing.assert_array_equal(found.last_BT[0], last[which])
 
 
-@pytest.mark.users_compiler
 @pytest.mark.parametrize(("packed", "window"), [(True, None), (False, 100)])
 def test_blocks_of_queries_equal_the_whole(packed: bool, window: int | None) -> None:
     rng, length = np.random.default_rng(0), 256
@@ -97,6 +96,7 @@ def test_blocks_of_queries_equal_the_whole(packed: bool, window: int | None) -> 
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.users_compiler
 def test_grouped_attention_equals_torch() -> None:
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, T, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
