@@ -30,8 +30,8 @@ LOGIT_BYTES_WITHOUT_KERNEL = 10  # if devices share the vocabulary: 2.5 float32 
 def query_blocks(length: int) -> int:
     """Into how many blocks of queries attention without a kernel divides a sequence.
 
-    A block reads no keys after its last query: 5/8 of the scores with four blocks. With more, short
-    sequences gain nothing, and programs take longer to compile.
+    A block reads no keys after its last query: 5/8 of the scores with four blocks. With more
+    blocks, short sequences gain nothing, and programs take longer to compile.
     """
     return 4 if length >= 256 and length % 4 == 0 else 1
 

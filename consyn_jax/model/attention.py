@@ -169,17 +169,11 @@ def _masked_attention(
     blocks = query_blocks(visible.T)
     if blocks == 1 or visible.T < visible.S or drop is not None:
         return attend(q_BTNH, k_BSKH, v_BSKH, mask, drop)
-    size = visible.T // blocks
-    stops = range(size, visible.T + 1, size)
-    outs = [
-        attend(
-            q_BTNH[:, stop - size : stop],
-            k_BSKH[:, :stop],
-            v_BSKH[:, :stop],
-            mask[:, :, stop - size : stop, :stop],
-        )
-        for stop in stops
-    ]
+    outs, size = [], visible.T // blocks
+    for start in range(0, visible.T, size):
+        stop = start + size
+        keys, seen = (k_BSKH[:, :stop], v_BSKH[:, :stop]), mask[:, :, start:stop, :stop]
+        outs.append(attend(q_BTNH[:, start:stop], *keys, seen))
     return jnp.concatenate(outs, axis=1)
 
 

@@ -31,7 +31,7 @@ from consyn_jax.model.rope import Rope
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 Pair = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Stream = Float[Array, "B T D"]
-Heads = tuple[Any, ...]  # queries, keys, values, and in fp8 what attention needs to write 8 bits
+Heads = tuple[Any, ...]  # queries, keys, values, and in fp8 `AttentionCasts` or None
 Attend = Callable[..., Any]
 
 
@@ -160,9 +160,11 @@ class EightBitMatmuls:
     ) -> tuple[Stream, Heads]:
         """Return x, and queries, keys and values of norm(x) as attention reads them."""
         x_BTD, heads, v_slot = fp8_normed_qkv(x_BTD, slot, qkv, rope, self.scales, self._how(eps))
+        if v_slot is None:
+            return x_BTD, (*heads, None)
         out_scale = scale_in(self.scales, "o_input")
-        casts = None if v_slot is None or out_scale is None else AttentionCasts(out_scale, v_slot)
-        return x_BTD, (*heads, casts)
+        assert out_scale is not None, "attention writes 8 bits only with given scales"
+        return x_BTD, (*heads, AttentionCasts(out_scale, v_slot))
 
     def normed_mlp(
         self, x_BTD: Stream, added_BTD: Stream, slot: Slot | None, mlp: MlpWeights, eps: float

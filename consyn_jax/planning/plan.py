@@ -181,7 +181,7 @@ def alternatives(plan: Plan) -> list[Alternative]:
         changes = {name: value for part in choice for name, value in part.items()}
         try:
             other = estimate(plan.model, with_flags(plan.run, changes), plan.topology)
-        except UserError:  # the mesh does not divide the batch
+        except UserError:  # the mesh does not divide the batch, or moments cannot be on the host
             continue
         if other.fits:
             found.append(Alternative(changes, other))

@@ -294,8 +294,9 @@ def _quantising_bytes(work: Workload) -> Number:
 
     Most kernels write two 8-bit arrays instead of a bfloat16 one, which takes as many bytes, so it
     is not counted. The norms' backward pass writes both for the gradients of o and down, beside 16
-    bits, and attention for its output and the gradient of v. If attention does not, XLA reads these
-    two again. Weights are read twice, the first time for their maximum.
+    bits, and this package's attention for its output and the gradient of v. Where blocks are
+    recomputed or the sequence is split, XLA reads these two again and casts them. Weights are read
+    twice, the first time for their maximum.
     """
     if not work.fp8:
         return 0

@@ -178,7 +178,7 @@ def fp8_normed_qkv(
     """Return x, the heads that attention reads, and the slot for the gradient of the values.
 
     The heads are queries and keys after rotation, and values. There is a slot if attention writes 8
-    bits.
+    bits. The gradient of the values is then read from it; only biases use the 16-bit one.
 
     Args:
         slot: Slot of the matmul whose output was added to `x` last; None for none.

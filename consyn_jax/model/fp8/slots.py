@@ -2,10 +2,11 @@
 
 A block adds the outputs of its matmuls o and down to the residual stream, so their gradients are
 the gradient of the stream. The backward pass of the next norm computes this gradient, and can write
-it in 8 bits, too. But JAX passes only gradients from one backward pass to another, and the gradient
-of an array has the dtype of the array. So the two matmuls also return a slot, which holds arrays of
-8-bit zeros. The norm takes the slot, and returns the 8-bit gradient as the "gradient" of the slot.
-Nothing reads the zeros, so compiled programs do not have them.
+it in 8 bits, too. Attention does the same for the gradient of the values. But JAX passes only
+gradients from one backward pass to another, and the gradient of an array has the dtype of the
+array. So the two matmuls also return a slot, which holds arrays of 8-bit zeros. The norm takes the
+slot, and returns the 8-bit gradient as the "gradient" of the slot. Nothing reads the zeros, so
+compiled programs do not have them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Slot(NamedTuple):
     Attributes:
         values: Zeros in e5m2, in the shape of the array, [*rows, D].
         transposed: Zeros, [D, *rows].
-        largest: A zero, for the largest magnitude in the gradient; several for that in its parts.
+        largest: A zero, for the largest magnitude in the gradient; several for those in its parts.
         scale: Scale of the gradient; None to compute it from the largest magnitude.
     """
 

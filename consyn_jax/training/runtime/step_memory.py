@@ -42,7 +42,8 @@ def cpu_step_bytes(
     """Estimate the bytes of memory that a train step in float32 needs on a CPU.
 
     For the presets haiku and verse, the estimate is within a tenth of the compiler's figure
-    (tests/cli/choices/test_machine_fit.py). It is the sum of:
+    (tests/cli/choices/test_machine_fit.py). Dropout needs more, which it leaves out. It is the sum
+    of:
 
     - the parameters and the optimizer's moments;
     - three arrays as large as the trained parameters, or four with gradient accumulation;

@@ -19,8 +19,8 @@ from consyn_jax.model.fp8.quantisation import FORWARD, GRADIENT, Scale, narrowed
 from consyn_jax.model.fp8.slots import Slot
 from consyn_jax.model.kernels import document_attention as plain
 
-# Columns of a head that a program casts at a time. With more, a thread needs more registers than
-# the loops before have left. This was derived from the compiled code, and not measured.
+# Columns of a head that a program casts at a time. With more, the cast needs more registers than
+# the loops before it, and the kernel spills more (docs/design/fp8.md). Its speed was not measured.
 COLUMNS = 32
 
 
