@@ -93,7 +93,7 @@ def cases(size: Size, tiles: list[tuple[int, int]], dtype: Any) -> Iterator[Case
         yield Case("norm_rope_backward", *tile, _rotate_back, (*heads, *angles), moved)
 
 
-# Each has first what the call before gave.
+# The first argument of each is the result of the call before.
 
 
 def _norm(x: jax.Array) -> Any:

@@ -93,8 +93,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
-    """The tests in an order in which the part that each worker gets at first (`--dist=worksteal`:
-    equal ones of this list) begins with its share of the long ones.
+    """The tests in an order in which each worker begins with long ones.
+
+    At first, each worker gets an equal part of the list (`--dist=worksteal`), one after another. So
+    each part begins with its share of the long tests.
     """
     long = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if not item.get_closest_marker("long")]
@@ -111,8 +113,9 @@ def dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
 def pytest_collection_finish() -> None:
     """Leave out all that was imported when Python searches for unused cycles.
 
-    In a million objects each search takes a third of a second. Runs in this process do not thaw
-    them, and freeze nothing, which would keep their arrays; those in a process of their own do.
+    In a million objects each search takes a third of a second. Training freezes and thaws objects,
+    too. In this process that is turned off: thawing would undo this, and freezing would keep the
+    arrays of earlier tests.
     """
     gc.collect()
     gc.freeze()

@@ -118,7 +118,10 @@ def _local_attention(
     return eight_bit_attention(q_BTNH, k_BSKH, v_BSKH, *_spans(visible, q_BTNH.shape[0]), *casts)
 
 
-def _drop(weights_BKGTS: jax.Array, dropout: Dropout, kept_BNTS: Any) -> jax.Array:
+def _drop(weights_BKGTS: jax.Array, dropout: Dropout, kept_BNTS: Any, start: int = 0) -> jax.Array:
+    """Drop weights of the queries from `start` on, and of the keys from the first on."""
+    T, S = weights_BKGTS.shape[3:]
+    kept_BNTS = kept_BNTS[:, :, start : start + T, :S]
     return dropout.apply(weights_BKGTS, kept_BNTS.reshape(weights_BKGTS.shape))
 
 
@@ -161,19 +164,20 @@ class Visible(NamedTuple):
 
 
 def _masked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible, drop: Drop | None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible: Visible, drop: Any
 ) -> jax.Array:
     """`attend`; whole sequences in blocks of queries, without the keys after each block."""
     first_BT = None if visible.inside is None else visible.inside.first_BT
     mask = attention_mask(visible.queries_T, visible.keys_S, first_BT, visible.window)
     blocks = query_blocks(visible.T)
-    if blocks == 1 or visible.T < visible.S or drop is not None:
+    if blocks == 1 or visible.T < visible.S:
         return attend(q_BTNH, k_BSKH, v_BSKH, mask, drop)
     outs, size = [], visible.T // blocks
     for start in range(0, visible.T, size):
         stop = start + size
         keys, seen = (k_BSKH[:, :stop], v_BSKH[:, :stop]), mask[:, :, start:stop, :stop]
-        outs.append(attend(q_BTNH[:, start:stop], *keys, seen))
+        drop_here = None if drop is None else partial(drop, start=start)
+        outs.append(attend(q_BTNH[:, start:stop], *keys, seen, drop_here))
     return jnp.concatenate(outs, axis=1)
 
 

@@ -14,6 +14,7 @@ from consyn_jax.distributed.mesh import AXES, build_mesh
 from consyn_jax.model import attention
 from consyn_jax.model.arithmetic import query_blocks
 from consyn_jax.model.attention import CHOSEN, causal_attention, choose_attention
+from consyn_jax.model.dropout import Dropout
 from consyn_jax.model.kernels.reference_attention import attend, attention_mask, documents
 
 T = 16
@@ -77,8 +78,10 @@ def test_documents_begin_and_end_where_the_id_changes(runs: list[tuple[int, int]
     np.testing.assert_array_equal(found.last_BT[0], last[which])
 
 
-@pytest.mark.parametrize(("packed", "window"), [(True, None), (False, 100)])
-def test_blocks_of_queries_equal_the_whole(packed: bool, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("packed", "window", "rate"), [(True, None, 0.0), (False, 100, 0.0), (True, None, 0.25)]
+)
+def test_blocks_of_queries_equal_the_whole(packed: bool, window: int | None, rate: float) -> None:
     rng, length = np.random.default_rng(0), 256
     q, k, v, dout = (
         jnp.asarray(rng.normal(size=(2, length, n, 8)), jnp.float32) for n in (4, 2, 2, 4)
@@ -87,9 +90,17 @@ def test_blocks_of_queries_equal_the_whole(packed: bool, window: int | None) -> 
     inside = documents(segments) if packed else None
     positions = jnp.arange(length)
     mask = attention_mask(positions, positions, inside and inside.first_BT, window)
+    dropout = Dropout(jax.random.key(0), rate) if rate else None
+    drop = None
+    if dropout is not None:
+        kept = dropout.kept((2, 4, length, length), ("batch", "heads", "sequence", None))
+        drop = lambda weights: dropout.apply(weights, kept.reshape(weights.shape))  # noqa: E731
     assert query_blocks(length) == 4
     blocks = partial(causal_attention, inside=inside, backend="xla", sliding_window=window)
-    found, expected = (jax.vjp(f, q, k, v) for f in (blocks, partial(attend, mask=mask)))
+    found, expected = (
+        jax.vjp(f, q, k, v)
+        for f in (partial(blocks, dropout=dropout), partial(attend, mask=mask, drop=drop))
+    )
     for got, want in zip(
         (found[0], *found[1](dout)), (expected[0], *expected[1](dout)), strict=True
     ):

@@ -26,7 +26,7 @@ class Slot(NamedTuple):
     Attributes:
         values: Zeros in e5m2, in the shape of the array, [*rows, D].
         transposed: Zeros, [D, *rows].
-        largest: A zero, for the largest magnitude in the gradient; several for those in its parts.
+        largest: A zero, for the largest magnitude in the gradient, or zeros for those in its parts.
         scale: Scale of the gradient; None to compute it from the largest magnitude.
     """
 

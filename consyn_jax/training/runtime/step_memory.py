@@ -48,9 +48,9 @@ def cpu_step_bytes(
     - the parameters and the optimizer's moments;
     - three arrays as large as the trained parameters, or four with gradient accumulation;
     - two arrays as large as the logits of one chunk;
-    - the activations of all blocks, and two [T, T] matrices per head, of which blocks of queries
-      leave out the keys after them. Rematerialisation saves nothing, because XLA on CPUs merges the
-      repeated computation with the first one;
+    - the activations of all blocks, and two [T, T] matrices per head, without the keys after each
+      block of queries: of n blocks, 1/2 + 1/2n of a matrix. Rematerialisation saves nothing,
+      because XLA on CPUs merges the repeated computation with the first one;
     - for LoRA, a float32 copy of each frozen matrix and of each matrix product's output.
 
     Args:

@@ -7,7 +7,7 @@ in 16 bits, and reads them again, from the GPU's cache, to write 8 bits in both 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,47 +55,34 @@ def eight_bit_attention(
         values=jnp.pad(values, ((0, 0), (0, more), (0, 0), (0, wider))),
         transposed=jnp.pad(transposed, ((0, 0), (0, wider), (0, 0), (0, more))),
     )
-    out, values, transposed, largest = _attention(
-        q, k, v, first_key, last_query, out_scale, slot, H**-0.5, T, tiles
-    )
+    operands = _Operands(q, k, v, first_key, last_query, out_scale, slot)
+    out, values, transposed, largest = _attention(operands, H**-0.5, T, tiles)
     values, transposed = values[:, :T, :, :H], transposed[:, :H, :, :T]
     written = values.reshape(B, T, N * H), transposed.reshape(N * H, B, T), largest
     return out[:, :T, :, :H], written
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    first_key: Any,
-    last_query: Any,
-    out_scale: Any,
-    v_slot: Slot,
-    scale: float,
-    length: int,
-    tiles: plain.Tiles,
-) -> Any:
-    given = q, k, v, first_key, last_query, out_scale, v_slot
-    return _forward(*given, scale, length, tiles)[0]
+class _Operands(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    first_key: Any
+    last_query: Any
+    out_scale: Any
+    v_slot: Any
 
 
-def _forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    first_key: Any,
-    last_query: Any,
-    out_scale: Any,
-    v_slot: Slot,
-    scale: float,
-    length: int,
-    tiles: plain.Tiles,
-) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _attention(given: _Operands, scale: float, length: int, tiles: plain.Tiles) -> Any:
+    return _forward(given, scale, length, tiles)[0]
+
+
+def _forward(given: _Operands, scale: float, length: int, tiles: plain.Tiles) -> Any:
+    q, k, v, first_key, last_query, out_scale, v_slot = given
     offset = jnp.zeros((1,), jnp.int32)
     call = _casting(plain.forward_call(q, k, tiles.forward, scale), 0, FORWARD, length)
-    given = q, k, v, first_key, offset, out_scale.reshape(1)
-    out, log_sum, values, transposed, largest = call.run(*given)
+    read = q, k, v, first_key, offset, out_scale.reshape(1)
+    out, log_sum, values, transposed, largest = call.run(*read)
     saved = q, k, v, first_key, last_query, offset, out, log_sum, v_slot.scale
     return (out, values, transposed, jnp.max(largest, axis=-1)), saved
 
@@ -103,13 +90,13 @@ def _forward(
 def _backward(scale: float, length: int, tiles: plain.Tiles, saved: Any, gradients: Any) -> Any:
     q, k, v, first_key, last_query, offset, out, log_sum, v_scale = saved
     dout, *_ = gradients
-    given = q, k, v, dout, log_sum, plain.correction(out, dout)
-    [dq] = plain.queries_call(q, k, tiles.queries, scale).run(*given, first_key, offset)
+    read = q, k, v, dout, log_sum, plain.correction(out, dout)
+    [dq] = plain.queries_call(q, k, tiles.queries, scale).run(*read, first_key, offset)
     call = _casting(plain.keys_call(q, k, tiles.keys, scale), 1, GRADIENT, length)
-    dk, dv, values, transposed, largest = call.run(*given, last_query, offset, v_scale.reshape(1))
+    dk, dv, values, transposed, largest = call.run(*read, last_query, offset, v_scale.reshape(1))
     nothing = jnp.zeros_like(v_scale)
     slot = Slot(values, transposed, jnp.max(largest, axis=-1), nothing)
-    return dq, dk, dv, None, None, nothing, slot
+    return (_Operands(dq, dk, dv, None, None, nothing, slot),)
 
 
 _attention.defvjp(_forward, _backward)
