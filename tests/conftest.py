@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, where the shared data is, and what makes the tests quick."""
 
+import ctypes
 import gc
 import importlib.util
 import os
@@ -182,4 +183,29 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     os.environ["XLA_FLAGS"] = f"{USERS_FLAGS} {QUICK_FLAGS if quick else ''}".strip()
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick).lower()
     jax.config.update("jax_disable_most_optimizations", quick)
-    return (yield)
+    result = yield
+    if resident_bytes() > MOST_MEMORY:
+        forget_programs()
+    return result
+
+
+MOST_MEMORY = 3 << 29  # bytes of a process after a test
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system has no /proc."""
+    counts = Path("/proc/self/statm")
+    pages = int(counts.read_text().split()[1]) if counts.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def forget_programs() -> None:
+    """Give memory back: compiled programs, and what runs keep in malloc (`keep_freed_memory`).
+
+    Four workers grew to 17 GB together. Where a machine has little more, the system drops the pages
+    of files, and reads libraries from disk again and again: a test of 3 s took 185.
+    """
+    jax.clear_caches()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
