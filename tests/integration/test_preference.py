@@ -11,6 +11,8 @@ from stories_model import stories_model
 
 from consyn_jax.cli.train import main
 from consyn_jax.model import ConsynLMHeadModel
+from consyn_jax.training import trainer
+from consyn_jax.training.diagnostics.lr_find import rising_rates
 
 pytestmark = pytest.mark.slow
 
@@ -50,8 +52,14 @@ def command(story_model: Path, pairs: dict[str, Path], output: Path, *more: str)
     ]
 
 
-def test_lr_find_trains_on_pairs(story_model: Path, pairs: dict[str, Path], tmp_path: Path) -> None:
+def test_lr_find_trains_on_pairs(
+    story_model: Path,
+    pairs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Rates rise over the loss of the pairs, with the reference of the model before step 1."""
+    monkeypatch.setattr(trainer, "rising_rates", lambda name: rising_rates(name, 40))
     assert main([*command(story_model, pairs, tmp_path), "--lr_find"]) == 0
     found = json.loads((tmp_path / "lr_find.json").read_text())
     assert found["losses"][0] == pytest.approx(math.log(2), rel=1e-2)
